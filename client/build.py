@@ -1,0 +1,55 @@
+"""Builds what a study's bundle needs from torch: initial tensors, shapes, digest, model config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.study import Study
+
+__all__ = ["BuiltModel", "build_model"]
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The trainable part of a study's network, at its first values.
+
+    Guarantee: the same study and backbone files give the same bytes on every machine; no random
+    number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON.
+    """
+
+    initial: dict[str, NDArray[np.float32]]
+    backbone_digest: bytes
+    config: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, sorted by name."""
+        return {name: tuple(value.shape) for name, value in self.initial.items()}
+
+
+def build_model(study: Study) -> BuiltModel:
+    """Resolve a study's backbone and tuning into tensors.
+
+    Raises:
+        DataError: the backbone cannot be used, or does not fit the study.
+    """
+    import torch
+
+    from client.tasks.backbone import load_backbone
+    from client.tasks.network import network_for
+
+    backbone = load_backbone(study.model.backbone)
+    network = network_for(study, backbone, torch.device("cpu"))
+    config: Any = network.model.config
+    plain = json.loads(config.to_json_string(use_diff=False))
+    plain.pop("transformers_version", None)  # a patch release is no other study
+    return BuiltModel(
+        initial=network.initial(),
+        backbone_digest=backbone.digest,
+        config=json.dumps(plain, sort_keys=True),
+    )

@@ -1,0 +1,107 @@
+"""The verbs of the hospital's package; heavy imports happen in `run`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common.cli import Command, emit_json, say, table
+
+
+def _configure_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="bundle folder (default: NAME-bundle)"
+    )
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from common.config import load
+    from common.study import Study
+
+    study = load(arguments.study, Study)
+    from client.federation import build_bundle, federation_study
+
+    study = federation_study(study, arguments.study)
+    bundle = build_bundle(study)
+    folder = arguments.out or Path(f"{study.name}-bundle")
+    bundle.save(folder)
+    told: dict[str, Any] = {
+        "bundle": str(folder),
+        "digest": bundle.digest.hex(),
+        "parameters": bundle.layout.size,
+        "tensors": len(bundle.layout.specs),
+        "backbone": bundle.backbone_digest.hex(),
+        "noise_multiplier": bundle.noise_multiplier,
+        "sites": [s.id for s in study.sites],
+    }
+    if arguments.json:
+        emit_json(told)
+        return 0
+    say(f"study digest {told['digest']}")
+    say(f"{told['parameters']} trainable parameters in {told['tensors']} tensors")
+    say(f"bundle: {folder}")
+    say(f"next: wardround plan {folder}")
+    return 0
+
+
+def _configure_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a model folder")
+    parser.add_argument("file", type=Path, help="CSV, NDJSON or Parquet with a text column")
+    parser.add_argument("--out", type=Path, default=None, help="where predictions go")
+    parser.add_argument("--text", default="text", help="name of the text column")
+    parser.add_argument("--patient", default=None, help="a column to carry over")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from client.predict import predict
+
+    out = arguments.out or arguments.file.with_name(
+        arguments.file.name.split(".")[0] + "-predictions.csv"
+    )
+    count = predict(
+        arguments.model,
+        arguments.file,
+        out,
+        text=arguments.text,
+        patient=arguments.patient,
+        device=arguments.device,
+    )
+    if arguments.json:
+        emit_json({"predictions": count, "output": str(out)})
+    else:
+        say(f"{count} predictions in {out}")
+    return 0
+
+
+def _configure_privacy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a run's output folder, or a site's state folder")
+
+
+def _privacy(arguments: argparse.Namespace) -> int:
+    from client.budget import budget_report
+
+    report = budget_report(arguments.folder)
+    if arguments.json:
+        emit_json(report.to_json())
+        return 0
+    columns = ["site", "epsilon", "cap", "left", "delta", "rounds", "forecast"]
+    table(columns, report.rows())
+    say("epsilon: of the worse-off patients, training or held out; see docs/PRIVACY.md")
+    return 0
+
+
+COMMANDS = [
+    Command(
+        "study build",
+        "resolve a study into the bundle that hospitals approve",
+        _configure_build,
+        _build,
+    ),
+    Command("predict", "label notes with a trained model", _configure_predict, _predict),
+    Command(
+        "privacy", "what the privacy ledgers say, and what is left", _configure_privacy, _privacy
+    ),
+]

@@ -1,0 +1,1 @@
+"""Readers, preprocessing and partition of hospital records."""

@@ -1,0 +1,280 @@
+"""Reads notes from CSV, Parquet and NDJSON files, and names every mistake by file and line.
+
+A file is a stranger: its lines are bounded before they are parsed, nothing in it is guessed,
+and no message repeats what a cell says.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NoReturn
+
+from client.data.records import Record
+from common.errors import Code, DataError
+
+__all__ = ["MAX_FIELD_BYTES", "TableColumns", "file_sha256", "read_table", "read_tables"]
+
+MAX_FIELD_BYTES: Final = 4 * 1024 * 1024
+_MAX_COLUMNS: Final = 10_000
+_PARQUET_BATCH_ROWS: Final = 4096
+_READERS: Final = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".parquet": "parquet"}
+
+Row = tuple[int, Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumns:
+    """Which column holds what.
+
+    patient None: every row is its own patient. label None: the file is read to be predicted.
+    site None: the file belongs to one site.
+    """
+
+    text: str
+    patient: str | None = None
+    label: str | None = None
+    site: str | None = None
+
+    def wanted(self) -> tuple[str, ...]:
+        """The columns to look for, text first."""
+        given = (self.text, self.patient, self.label, self.site)
+        return tuple(name for name in given if name is not None)
+
+
+def read_tables(
+    paths: Sequence[Path], columns: TableColumns, *, labels: Sequence[str] | None
+) -> tuple[Record, ...]:
+    """The records of several files, in order. Raises DataError."""
+    return tuple(record for path in paths for record in read_table(path, columns, labels=labels))
+
+
+def read_table(
+    path: Path, columns: TableColumns, *, labels: Sequence[str] | None
+) -> tuple[Record, ...]:
+    """The records of one file.
+
+    Args:
+        path: a .csv, .ndjson, .jsonl (each also .gz) or .parquet file.
+        columns: which column holds what.
+        labels: the study's labels, or None where the label column is not read.
+
+    Raises:
+        DataError: with file and line, for whatever cannot be used; no record is left out.
+    """
+    rows = _rows(path, columns)
+    make = _RecordMaker(str(path), columns, labels)
+    try:
+        records = tuple(make(line, cells) for line, cells in rows)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+    if not records:
+        raise DataError(Code.DATA_EMPTY, f"{path}: holds no record.")
+    return records
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex. Raises DataError."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+class _RecordMaker:
+    """Turns the wanted cells of a row into a checked record."""
+
+    def __init__(self, file: str, columns: TableColumns, labels: Sequence[str] | None) -> None:
+        self._file = file
+        self._columns = columns
+        self._labels = None if labels is None else {label: label for label in labels}
+
+    def __call__(self, line: int, cells: Sequence[Any]) -> Record:
+        columns = self._columns
+        values = {
+            name: self._text(line, name, cell)
+            for name, cell in zip(columns.wanted(), cells, strict=True)
+        }
+        own = f"{self._file}#{line}"
+        return Record(
+            patient=own if columns.patient is None else values[columns.patient].strip(),
+            text=values[columns.text],
+            label=None if columns.label is None else self._label(line, values[columns.label]),
+            site=None if columns.site is None else values[columns.site].strip(),
+            file=self._file,
+            line=line,
+        )
+
+    def _text(self, line: int, name: str, cell: Any) -> str:
+        where = f"{self._file}:{line}: column {name}"
+        if isinstance(cell, float) and not math.isfinite(cell):
+            raise DataError(Code.DATA_VALUE, f"{where} is not a finite number.")
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)
+        if isinstance(cell, bool) or not isinstance(cell, (str, int, float, type(None))):
+            raise DataError(Code.DATA_VALUE, f"{where} is neither text nor a number.")
+        value = "" if cell is None else str(cell)
+        if not value.strip():
+            raise DataError(Code.DATA_VALUE, f"{where} is empty.")
+        if len(value) > MAX_FIELD_BYTES:
+            raise DataError(Code.DATA_TOO_LONG, f"{where} is longer than 4 MiB.")
+        return value
+
+    def _label(self, line: int, value: str) -> str:
+        name = value.strip()
+        if self._labels is None or name in self._labels:
+            return name if self._labels is None else self._labels[name]
+        close = difflib.get_close_matches(name[:200], self._labels, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise DataError(
+            Code.DATA_LABEL,
+            f"{self._file}:{line}: column {self._columns.label} has a label that is not in the "
+            f"study{hint}.",
+        )
+
+
+def _rows(path: Path, columns: TableColumns) -> Iterator[Row]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] == ".gz"
+    kind = _READERS.get(suffixes[-2] if packed and len(suffixes) > 1 else (suffixes or [""])[-1])
+    if kind is None or (packed and kind == "parquet"):
+        raise DataError(Code.DATA_FORMAT, f"{path}: is not a kind of file that is read here.")
+    if not path.is_file():
+        raise DataError(Code.DATA_UNREADABLE, f"{path}: there is no such file.")
+    if kind == "parquet":
+        return _parquet_rows(path, columns)
+    return (_csv_rows if kind == "csv" else _ndjson_rows)(path, columns, packed=packed)
+
+
+def _csv_rows(path: Path, columns: TableColumns, *, packed: bool) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    with _open(path, packed=packed) as handle:
+        reader = csv.reader(_lines(path, handle), strict=True)
+        rows = _csv_records(path, reader)
+        header = next(rows, None)
+        if header is None:
+            raise DataError(Code.DATA_EMPTY, f"{path}: is empty.")
+        names = [name.strip() for name in header[1]]
+        places = _places(path, names, columns)
+        for line, cells in rows:
+            if len(cells) != len(names):
+                raise DataError(
+                    Code.DATA_RAGGED,
+                    f"{path}:{line}: has {len(cells)} fields, but the header has {len(names)}.",
+                )
+            yield line, [cells[place] for place in places]
+
+
+def _csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "field limit" in str(error):
+                message = f"{path}:{line}: has a field longer than 4 MiB."
+                raise DataError(Code.DATA_TOO_LONG, message) from None
+            message = f"{path}:{line}: is not well-formed CSV (a quote or a line end is wrong)."
+            raise DataError(Code.DATA_FORMAT, message) from None
+        if cells:
+            yield line, cells
+
+
+def _ndjson_rows(path: Path, columns: TableColumns, *, packed: bool) -> Iterator[Row]:
+    wanted = columns.wanted()
+    with _open(path, packed=packed) as handle:
+        for line, text in enumerate(_lines(path, handle), start=1):
+            if not text.strip():
+                continue
+            entry = _json_object(path, line, text)
+            if any(name not in entry for name in wanted):
+                _places(path, list(entry), columns, line=line)
+            yield line, [entry[name] for name in wanted]
+
+
+def _json_object(path: Path, line: int, text: str) -> Mapping[str, Any]:
+    try:
+        entry = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        message = f"{path}:{line}: is not well-formed JSON (one object a line, finite numbers)."
+        raise DataError(Code.DATA_FORMAT, message) from None
+    if not isinstance(entry, dict):
+        raise DataError(Code.DATA_FORMAT, f"{path}:{line}: is not a JSON object.")
+    return entry
+
+
+def _no_constant(_name: str) -> NoReturn:
+    raise ValueError("NaN and Infinity are not JSON")
+
+
+def _parquet_rows(path: Path, columns: TableColumns) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            _places(path, table.schema_arrow.names, columns)
+            wanted = columns.wanted()
+            line = 0
+            batches = table.iter_batches(_PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(wanted)))
+            for batch in batches:
+                cells = [batch.column(name).to_pylist() for name in wanted]
+                for row in zip(*cells, strict=True):
+                    line += 1
+                    yield line, row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        message = f"{path}: is not a whole Parquet file ({type(error).__name__})."
+        raise DataError(Code.DATA_FORMAT, message) from None
+
+
+def _open(path: Path, *, packed: bool) -> BinaryIO | gzip.GzipFile:
+    try:
+        return gzip.open(path, "rb") if packed else path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _lines(path: Path, handle: BinaryIO | gzip.GzipFile) -> Iterator[str]:
+    """Lines of bounded length: a 200 MB line is refused after 4 MiB of it."""
+    line = 0
+    while raw := handle.readline(MAX_FIELD_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_FIELD_BYTES:
+            raise DataError(Code.DATA_TOO_LONG, f"{path}:{line}: is longer than 4 MiB.")
+        try:
+            yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise DataError(Code.DATA_ENCODING, f"{path}:{line}: is not UTF-8.") from None
+
+
+def _places(path: Path, names: Sequence[str], columns: TableColumns, *, line: int = 1) -> list[int]:
+    if len(names) > _MAX_COLUMNS:
+        raise DataError(Code.DATA_FORMAT, f"{path}:{line}: has more than {_MAX_COLUMNS} columns.")
+    for name in columns.wanted():
+        found = names.count(name)
+        if found == 1:
+            continue
+        if found > 1:
+            raise DataError(Code.DATA_COLUMNS, f"{path}:{line}: column {name} is there twice.")
+        lower = {other.lower(): other for other in names}
+        close = difflib.get_close_matches(name.lower(), lower, n=1)
+        hint = f" (did you mean {lower[close[0]]}?)" if close else ""
+        message = f"{path}:{line}: there is no column {name} among {len(names)}{hint}."
+        raise DataError(Code.DATA_COLUMNS, message)
+    return [names.index(name) for name in columns.wanted()]
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+    return DataError(Code.DATA_UNREADABLE, f"{path}: cannot be read ({reason}).")

@@ -1,0 +1,211 @@
+"""All hospitals of a simulation, on the client's side: data, partition, learners, export.
+
+One user owns everything here, so it may also measure what no coordinator ever sees: exact
+results per site, and what each hospital would reach alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.build import build_model
+from client.data.partition import MIN_PATIENTS, Partition, manifest, partition
+from client.data.records import Record, require_disjoint
+from client.data.tables import TableColumns, read_tables
+from client.export import export_model
+from client.privacy.ledger import HeldOutSplit
+from client.privacy.noise import SecureNoise
+from client.tasks.backbone import load_backbone
+from client.tasks.base import Learner
+from client.tasks.diagnosis import DiagnosisLearner, choose_device
+from client.training import LocalTrainer, TrainingSettings
+from common.bundle import Bundle, resolve, with_sites
+from common.errors import Code, ConfigError, DataError
+from common.ports import Entropy, Tensors
+from common.study import Simulation, Study
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SiteRecords:
+    """One hospital's records, and the name of their division into training and held out."""
+
+    train: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+    split_id: str
+
+
+class Federation:
+    """The hospitals of one simulation: their records, learners and shared backbone.
+
+    Args:
+        study: the study; its simulation says where the data lies and how it is divided.
+        config: the study's file: paths are relative to its folder.
+        device: auto, cpu or cuda.
+
+    Raises:
+        DataError: naming file and line. ConfigError: the study has no simulation.
+    """
+
+    def __init__(self, study: Study, config: Path, *, device: str = "auto") -> None:
+        self._device = device
+        self._learners: dict[str, Learner] = {}
+        self._divided: dict[str, SiteRecords] = {}
+        simulation = _simulation(study)
+        self._seed = simulation.seed
+        files = _paths(simulation.data.files, config)
+        tests = _paths(simulation.data.test_files, config)
+        names, labels, split = study.task.columns, study.task.labels, simulation.split
+        columns = TableColumns(names.text, names.patient, names.label, split.column)
+        records = read_tables(files, columns, labels=labels)
+        held = read_tables(tests, columns, labels=labels)
+        require_disjoint(records, held)
+        sites = tuple(site.id for site in study.sites)
+        done = partition(records, split, labels=labels, seed=self._seed, sites=sites)
+        self.sites = tuple(done.records)
+        self.warnings = done.warnings
+        self.manifest: dict[str, Any] = manifest(
+            records, done, split, seed=self._seed, files=[*files, *tests]
+        )
+        self.study = with_sites(study, self.sites)
+        self._records = _at_sites(records, done)
+        self._test: dict[str, tuple[Record, ...]] = {}
+        if held:
+            parts = partition(
+                held, split, labels=labels, seed=self._seed, sites=self.sites, floor=1
+            )
+            self._test = _at_sites(held, parts)
+
+    @property
+    def patients(self) -> dict[str, int]:
+        """Patients by site."""
+        return {site: len({r.patient for r in rows}) for site, rows in self._records.items()}
+
+    def build_bundle(self) -> Bundle:
+        """The study's bundle. Raises DataError, ConfigError."""
+        return build_bundle(self.study)
+
+    def divide(self, site: str, split: HeldOutSplit | None) -> SiteRecords:
+        """One site's training and held-out records, fixed on the first call.
+
+        Args:
+            site: which.
+            split: the ledger's division; None where the study has no ledger.
+
+        Raises:
+            DataError: either part is too small.
+        """
+        if site not in self._divided:
+            self._divided[site] = self._divide(site, split)
+        return self._divided[site]
+
+    def _divide(self, site: str, split: HeldOutSplit | None) -> SiteRecords:
+        records, test = self._records[site], self._test.get(site, ())
+        if test:
+            told = sorted({r.patient.encode() for r in test})
+            name = hashlib.sha256(b"\n".join(told)).hexdigest()
+            return SiteRecords(records, test, name)
+        if split is None:
+            key = hashlib.sha256(f"held-out {self._seed} {site}".encode()).digest()
+            split = HeldOutSplit(key, self.study.evaluation.held_out)
+        train = tuple(r for r in records if not split.holds_out(r.patient))
+        held = tuple(r for r in records if split.holds_out(r.patient))
+        if len({r.patient for r in train}) < MIN_PATIENTS // 2 or not held:
+            raise DataError(
+                Code.SPLIT_IMPOSSIBLE,
+                f"{site}: {len(train)} training and {len(held)} held-out records are too few.",
+            )
+        return SiteRecords(train, held, split.identity)
+
+    def learner(self, site: str) -> Learner:
+        """The site's learner, built once; all sites share the frozen backbone."""
+        if site not in self._learners:
+            records = self._divided[site]
+            backbone = load_backbone(self.study.model.backbone)
+            self._learners[site] = DiagnosisLearner(
+                self.study,
+                records.train,
+                records.held_out,
+                backbone,
+                device=choose_device(self._device),
+            )
+        return self._learners[site]
+
+    def alone(self, site: str, bundle: Bundle, entropy: Entropy) -> dict[str, Array]:
+        """What one hospital reaches with its own records only: as many steps, no noise.
+
+        Its model never leaves the hospital and needs no privacy: the comparison favours it.
+        """
+        learner, training = self.learner(site), self.study.training
+        optimizer = training.optimizer
+        settings = TrainingSettings(
+            mode="none",
+            local_steps=training.local_steps * training.rounds,
+            expected_batch=min(training.expected_batch, max(8, learner.patient_count() / 4)),
+            micro_batch=training.micro_batch,
+            learning_rate=optimizer.learning_rate,
+            optimizer=optimizer.name,
+            weight_decay=optimizer.weight_decay,
+            momentum=optimizer.momentum,
+            precision=self.study.model.precision,
+        )
+        noise = SecureNoise(entropy)
+        trainer = LocalTrainer(learner, bundle.layout, settings, noise, self._device)
+        start = bundle.layout.flatten(bundle.initial)
+        return bundle.layout.unflatten(start + trainer.train(bundle.initial, 0))
+
+    def counts(self, site: str, state: Tensors) -> NDArray[np.float64]:
+        """The un-noised metric vector of `state` over one site's held-out patients."""
+        learner = self.learner(site)
+        with torch.no_grad():
+            for name, parameter in learner.trainable().items():
+                parameter.copy_(torch.from_numpy(np.array(state[name])))
+            learner.module.eval()
+            return learner.measure()
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what training stands on, for the report."""
+        return {name: version(name) for name in ("torch", "transformers", "opacus")}
+
+    def export(self, folder: Path, state: Tensors) -> None:
+        """Write the model as a Hugging Face folder. Raises DataError, StorageError."""
+        export_model(folder, self.study, load_backbone(self.study.model.backbone), state)
+
+
+def _simulation(study: Study) -> Simulation:
+    if study.simulation is None:
+        raise ConfigError(
+            Code.NO_SIMULATION, f"The study {study.name} has no section `simulation`."
+        )
+    return study.simulation
+
+
+def _paths(names: Sequence[str], config: Path) -> list[Path]:
+    return [(config.parent / name).resolve() for name in names]
+
+
+def _at_sites(records: Sequence[Record], done: Partition) -> dict[str, tuple[Record, ...]]:
+    return {site: tuple(records[i] for i in rows) for site, rows in done.records.items()}
+
+
+def build_bundle(study: Study) -> Bundle:
+    """Resolve a study into its bundle. Raises DataError, ConfigError."""
+    built = build_model(study)
+    return resolve(study, built.initial, built.backbone_digest, built.config)
+
+
+def federation_study(study: Study, config: Path) -> Study:
+    """The study with its sites: listed, or, in a simulation, as its data gives them."""
+    if study.sites or study.simulation is None:
+        return study
+    return Federation(study, config).study

@@ -1,0 +1,1 @@
+"""Differential privacy at the hospital: ledger, noise, sampling, engine."""

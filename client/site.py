@@ -1,0 +1,326 @@
+"""Wires one hospital together: identity, journal, ledger, audit log, trainer, round machine.
+
+The one factory of a site, used by the daemon and by simulation. Torch is imported only when
+the first training or measurement is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.approval import StudyFacts, approve
+from client.config import Ceilings
+from client.daemon import SiteDaemon
+from client.privacy.ledger import Charge, Ledger, Reservation, RoundId, Spending
+from client.round import SiteRound, Work, Worked
+from common.audit import AuditLog
+from common.bundle import Bundle
+from common.crypto.identity import SiteKey
+from common.crypto.seal import Vault
+from common.errors import Code, StorageError
+from common.evidence import AuditEvidence
+from common.ports import Entropy, Trainer, Transport
+from common.protocol.transcript import Chain
+from common.protocol.wire import Witness
+from common.world import (
+    FileJournal,
+    SealedJournal,
+    WallClock,
+    unix_seconds,
+    write_durably,
+)
+
+if TYPE_CHECKING:
+    from client.federation import Federation
+    from client.tasks.base import Learner
+    from common.study import Study
+
+__all__ = [
+    "Ceilings",
+    "Federation",
+    "HospitalWorker",
+    "Site",
+    "SiteSetup",
+    "built_parameters",
+    "open_federation",
+    "open_ledger",
+    "open_site",
+    "site_key",
+    "write_demo",
+]
+
+IDENTITY_FILE = "identity.key"
+VAULT_FILE = "vault.key"
+LEDGER_FILE = "ledger.sqlite"
+_KEY_BYTES = 32
+
+
+def secret_file(path: Path, entropy: Entropy) -> bytes:
+    """The 32 secret bytes in `path`, made on first use, readable by the owner only.
+
+    Raises StorageError where the file is damaged or others may read it.
+    """
+    if not path.exists():
+        write_durably(path, [entropy.take(_KEY_BYTES)])
+    if path.stat().st_mode & 0o077:
+        raise StorageError(Code.KEY_FILE_OPEN, f"{path}: others than its owner may read this key.")
+    secret = path.read_bytes()
+    if len(secret) != _KEY_BYTES:
+        raise StorageError(Code.KEY_FILE_DAMAGED, f"{path}: not a key file of this software.")
+    return secret
+
+
+@dataclass(frozen=True)
+class SiteSetup:
+    """What one hospital brings to a run.
+
+    Args:
+        site: its id.
+        folder: its own state folder (keys, journal, ledger).
+        audit: the folder of the run's audit logs.
+        bundle: the study it approved.
+        roster: every party's public key.
+        keys_digest: what the audit log says of the roster.
+        ceilings: the hospital's own limits.
+        kill_switch: the file whose presence stops everything.
+        cap: the population's epsilon cap; delta is the study's.
+        split_id: names the fixed division into training and held-out patients.
+        learner: builds the task's learner over the hospital's records, once.
+        device: auto, cpu or cuda.
+        entropy: secrets and noise; the operating system's in every real run.
+        code_digest: what this installation's code hashes to.
+    """
+
+    site: str
+    folder: Path
+    audit: Path
+    bundle: Bundle
+    roster: Mapping[str, bytes]
+    keys_digest: str
+    ceilings: Ceilings
+    kill_switch: Path
+    learner: Callable[[], Learner]
+    split_id: str
+    device: str
+    entropy: Entropy
+    code_digest: bytes = bytes(32)
+
+
+class HospitalWorker:
+    """The hospital's own systems behind the round machine: approval, ledger, trainer."""
+
+    def __init__(self, setup: SiteSetup, ledger: Ledger | None) -> None:
+        self._setup = setup
+        self._ledger = ledger
+        self._trainer: Trainer | None = None
+        self._reservations: dict[int, Reservation] = {}
+        self.final: Chain | None = None
+
+    def work(self, request: Work) -> Worked:
+        """Approve, reserve, train, measure: in that order, and nothing before the reservation."""
+        setup = self._setup
+        approve(_facts(setup), setup.ceilings, stopped=self.stopped())
+        trainer = self._ready_trainer()
+        self._reserve(request)
+        # Reserved and durable: from here the budget stays charged, whatever happens.
+        metrics: NDArray[np.int64] | None = None
+        update: NDArray[np.float32] | None = None
+        if request.measures:
+            metrics = trainer.measure(request.state, request.round)
+        if request.trains:
+            update = trainer.train(request.state, request.round)
+        return Worked(update, metrics, self._witness())
+
+    def _witness(self) -> Witness:
+        if self._ledger is None:
+            return Witness(0, bytes(32))
+        return Witness(self._ledger.counter, self._ledger.head)
+
+    def _ready_trainer(self) -> Trainer:
+        if self._trainer is None:
+            from client.privacy.noise import SecureNoise
+            from client.training import LocalTrainer
+
+            setup = self._setup
+            self._trainer = LocalTrainer(
+                setup.learner(),
+                setup.bundle.layout,
+                _settings(setup.bundle),
+                SecureNoise(setup.entropy),
+                setup.device,
+            )
+        return self._trainer
+
+    def _reserve(self, request: Work) -> None:
+        if self._ledger is None:
+            return
+        bundle = self._setup.bundle
+        charges = _charges(bundle, request)
+        round_id = RoundId(bundle.digest, "", request.round)
+        reservation = self._ledger.reserve_round(round_id, charges, self._setup.split_id)
+        self._ledger.begin(reservation)
+        self._reservations = {request.round: reservation}
+
+    def release(self, round_number: int) -> None:
+        """Record that the round's masked update leaves the hospital."""
+        reservation = self._reservations.get(round_number)
+        if self._ledger is not None and reservation is not None:
+            self._ledger.release(reservation)
+
+    def stopped(self) -> bool:
+        """Whether the kill switch file is there."""
+        return self._setup.kill_switch.exists()
+
+    def finished(self, chain: Chain) -> None:
+        """Keep the final model."""
+        self.final = chain
+
+
+def _settings(bundle: Bundle):  # type: ignore[no-untyped-def]  # noqa: ANN202 - imports torch
+    from client.training import TrainingSettings
+
+    return TrainingSettings.from_study(
+        bundle.study,
+        noise_multiplier=bundle.noise_multiplier,
+        evaluation_noise=bundle.evaluation_noise,
+    )
+
+
+def _charges(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
+    """What this round does to training patients and to held-out patients."""
+    from common.accountant import DpEvent
+
+    training = bundle.study.training
+    charges: list[Charge] = []
+    if bundle.noise_multiplier is None or bundle.evaluation_noise is None:
+        raise AssertionError("a study with a ledger has resolved noise")
+    if request.trains:
+        steps = DpEvent(bundle.noise_multiplier, training.sampling_rate, training.local_steps)
+        charges.append(Charge("train", "train", (steps,)))
+    if request.measures:
+        release = DpEvent(bundle.evaluation_noise, 1.0, 1)
+        charges.append(Charge("evaluate", "held_out", (release,)))
+    return tuple(charges)
+
+
+def _facts(setup: SiteSetup) -> StudyFacts:
+    bundle = setup.bundle
+    privacy = bundle.study.privacy
+    return StudyFacts(
+        study_digest=bundle.digest,
+        backbone_digest=bundle.backbone_digest,
+        code_digest=setup.code_digest,
+        parties=len(bundle.study.sites),
+        rounds=bundle.study.training.rounds,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+    )
+
+
+@dataclass
+class Site:
+    """One hospital, open: its daemon and what belongs to it."""
+
+    setup: SiteSetup
+    daemon: SiteDaemon
+    machine: SiteRound
+    worker: HospitalWorker
+    ledger: Ledger | None
+    log: AuditLog
+    _closers: list[Callable[[], None]] = field(default_factory=list)
+
+    def spending(self) -> Spending | None:
+        """Where the ledger stands, or None without DP."""
+        return None if self.ledger is None else self.ledger.spent()
+
+    def close(self, *, finish: bool = False) -> None:
+        """Let go of files; `finish` ends the audit log for good."""
+        if finish:
+            self.log.finish()
+        self.log.close()
+        for closer in self._closers:
+            closer()
+
+
+def site_key(folder: Path, entropy: Entropy) -> SiteKey:
+    """The hospital's identity, made on first use."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return SiteKey.from_seed(secret_file(folder / IDENTITY_FILE, entropy))
+
+
+def open_ledger(bundle: Bundle, folder: Path, *, cap: float, founding: Entropy) -> Ledger | None:
+    """The population's ledger, or None where the study has no privacy mode.
+
+    `founding` makes the key that divides training from held-out patients, once.
+    """
+    delta = bundle.study.privacy.delta
+    if bundle.study.privacy.mode == "none" or delta is None:
+        return None
+    return Ledger.open(
+        folder / LEDGER_FILE, epsilon_cap=cap, delta=delta, clock=WallClock(), entropy=founding
+    )
+
+
+def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> Site:
+    """Open one hospital from its folder: the first time, or after a crash.
+
+    Raises StorageError where its files cannot be used, ProtocolError where its journal
+    belongs to another study.
+    """
+    key = site_key(setup.folder, setup.entropy)
+    vault = Vault(secret_file(setup.folder / VAULT_FILE, setup.entropy), setup.entropy)
+    files = FileJournal(setup.folder / "journal")
+    journal = SealedJournal(files, vault, setup.site)
+    log = AuditLog.open(
+        setup.audit / f"{setup.site}.jsonl",
+        owner=setup.site,
+        sign=key.sign_bytes,
+        clock=unix_seconds,
+        facts={"keys": setup.keys_digest, "study": setup.bundle.digest.hex()},
+    )
+    worker = HospitalWorker(setup, ledger)
+    machine = SiteRound(
+        setup.bundle.terms(setup.roster),
+        setup.site,
+        key,
+        setup.entropy,
+        ledger_contains=_contains(ledger),
+        record=journal.load(),
+    )
+    daemon = SiteDaemon(
+        machine, journal=journal, transport=transport, worker=worker, evidence=AuditEvidence(log)
+    )
+    return Site(setup, daemon, machine, worker, ledger, log, [files.close])
+
+
+def _contains(ledger: Ledger | None) -> Callable[[int, bytes], bool]:
+    if ledger is None:
+        return lambda counter, _: counter == 0
+    return ledger.contains
+
+
+def open_federation(study: Study, config: Path, *, device: str) -> Federation:
+    """All hospitals of a simulation (client.federation), imported with torch only here."""
+    from client.federation import Federation
+
+    return Federation(study, config, device=device)
+
+
+def built_parameters(study: Study) -> int:
+    """How many parameters the study trains; builds the model."""
+    from client.build import build_model
+
+    return sum(value.size for value in build_model(study).initial.values())
+
+
+def write_demo(folder: Path) -> Path:
+    """Write the demo's study and synthetic notes; returns the study's path."""
+    from client.demo import write_demo as write
+
+    return write(folder)

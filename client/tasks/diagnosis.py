@@ -1,0 +1,264 @@
+"""The task `diagnosis`: one label for each clinical note, by a text encoder.
+
+With tuning `head` the encoder never changes, so a note's features are computed once and kept in
+memory; what trains, federates and is measured is the classifier alone. With every other tuning
+the whole network runs. Either way the module's names are the stock model's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from client.data.records import Record, by_patient
+from client.tasks.backbone import Backbone
+from client.tasks.base import Index, owners_of, spread_evenly
+from client.tasks.network import Network, network_for
+from client.tasks.text import Encoder, Reading, batch_inputs
+from common.errors import Code, DataError
+from common.study import Study
+
+__all__ = ["DiagnosisLearner", "choose_device", "computes_in_bfloat16"]
+
+_FORWARD_ROWS: Final = 32
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """Notes sorted by patient, as the model reads them.
+
+    `patients[p] : patients[p + 1]` are a patient's records; `starts` likewise gives each
+    record's rows. Cached features have one row for each record.
+    """
+
+    labels: torch.Tensor
+    patients: Index
+    starts: Index
+    rows: tuple[tuple[int, ...], ...]
+    features: torch.Tensor | None
+
+    @property
+    def patient_count(self) -> int:
+        return len(self.patients) - 1
+
+
+class DiagnosisLearner:
+    """A site's notes and network, for training and measurement (`client.tasks.base.Learner`).
+
+    Args:
+        study: labels, reading, tuning and precision; nothing is learned from the data about
+            which labels there are.
+        train: records to learn from.
+        held_out: records to measure on; no patient of `train`.
+        backbone: shared by every site of the process.
+        device: where the network runs.
+
+    Raises:
+        DataError: a label is not in the study, or the backbone does not fit the study.
+    """
+
+    module: nn.Module
+
+    def __init__(
+        self,
+        study: Study,
+        train: Sequence[Record],
+        held_out: Sequence[Record],
+        backbone: Backbone,
+        *,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._labels = tuple(study.task.labels)
+        self._loss_cap = study.evaluation.loss_cap
+        self._network = network_for(study, backbone, device)
+        self._pad = int(backbone.tokenizer.pad_token_id or 0)
+        self.precision = _precision(study.model.precision, device)
+        encoder = Encoder(backbone.tokenizer, Reading.of(study.task))
+        self._train = self._prepare(train, encoder)
+        self._held_out = self._prepare(held_out, encoder)
+        self.module = self._network.replica()
+        self._row_record = _members_of(self._train.starts)
+        self._row_weight = _row_weights(self._train)
+
+    @property
+    def network(self) -> Network:
+        """The shared network behind this learner."""
+        return self._network
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, sorted by name."""
+        parameters = dict(self.module.named_parameters())
+        return {name: parameters[name] for name in self._network.names}
+
+    def patient_count(self) -> int:
+        """Patients to learn from."""
+        return self._train.patient_count
+
+    def held_out_count(self) -> int:
+        """Patients to measure on."""
+        return self._held_out.patient_count
+
+    def rows_of(self, patients: Index) -> tuple[Index, Index]:
+        """The rows of `patients` and whose each is (see `Learner`)."""
+        notes = self._train
+        if notes.features is not None:
+            return owners_of(notes.patients, patients)
+        return owners_of(notes.starts[notes.patients], patients)
+
+    def losses(self, rows: Index) -> torch.Tensor:
+        """Cross-entropy of each row; the rows of one note share their note's loss.
+
+        Shapes: rows (r,) int64; returns (r,) float32.
+        """
+        notes = self._train
+        if notes.features is not None:
+            at = torch.from_numpy(rows).to(self._device)
+            logits = self.module(notes.features[at]).float()
+            return functional.cross_entropy(logits, notes.labels[at], reduction="none")
+        logits = self._forward(self.module, [notes.rows[row] for row in rows])
+        distinct, where = np.unique(self._row_record[rows], return_inverse=True)
+        place = torch.from_numpy(where).to(self._device)
+        counts = torch.from_numpy(np.bincount(where)).to(self._device, logits.dtype)
+        pooled = _sum_by(logits, place, len(distinct)) / counts[:, None]
+        labels = notes.labels[torch.from_numpy(distinct).to(self._device)]
+        losses = functional.cross_entropy(pooled, labels, reduction="none")[place]
+        weight = torch.from_numpy(self._row_weight[rows]).to(self._device)
+        return losses * weight
+
+    def measure(self) -> NDArray[np.float64]:
+        """The metric vector over held-out patients (see `Learner`).
+
+        Shapes: (L*L + 1,) float64.
+        """
+        notes, count = self._held_out, len(self._labels)
+        vector = np.zeros(count * count + 1)
+        if notes.patient_count == 0:
+            return vector
+        with torch.no_grad():
+            logits = self._logits(notes)
+            losses = functional.cross_entropy(logits, notes.labels, reduction="none")
+        weight = spread_evenly(notes.patients)
+        true = notes.labels.cpu().numpy()
+        found = logits.argmax(dim=1).cpu().numpy()
+        np.add.at(vector, true * count + found, weight)
+        capped = np.nan_to_num(losses.double().cpu().numpy(), nan=self._loss_cap, posinf=np.inf)
+        vector[-1] = float(weight @ np.minimum(capped, self._loss_cap)) / self._loss_cap
+        return vector
+
+    def _prepare(self, records: Sequence[Record], encoder: Encoder) -> _Notes:
+        groups = by_patient(records)
+        order = [records[at] for group in groups.values() for at in group]
+        sizes = [0, *(len(group) for group in groups.values())]
+        encoded = encoder([record.text for record in order])
+        labels = torch.tensor([self._label(record) for record in order], dtype=torch.int64)
+        features = None
+        if self._network.extractor is not None:
+            features = self._pool(self._features(encoded.rows), encoded.starts)
+        return _Notes(
+            labels=labels.to(self._device),
+            patients=np.cumsum(sizes, dtype=np.int64),
+            starts=encoded.starts,
+            rows=() if features is not None else encoded.rows,
+            features=features,
+        )
+
+    def _label(self, record: Record) -> int:
+        try:
+            return self._labels.index(record.label or "")
+        except ValueError:
+            message = f"{record.where}: has a label that is not in the study."
+            raise DataError(Code.DATA_LABEL, message) from None
+
+    def _features(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        extractor = self._network.extractor
+        if extractor is None:
+            raise RuntimeError("features are kept for tuning: head alone")
+        with torch.no_grad():
+            return self._in_batches(extractor, rows)
+
+    def _logits(self, notes: _Notes) -> torch.Tensor:
+        if notes.features is not None:
+            logits: torch.Tensor = self.module(notes.features).float()
+            return logits
+        return self._pool(self._in_batches(self.module, notes.rows), notes.starts)
+
+    def _in_batches(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Outputs in the order of `rows`; rows of like length share a batch."""
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        parts = [
+            self._forward(module, [rows[at] for at in order[first : first + _FORWARD_ROWS]])
+            for first in range(0, len(order), _FORWARD_ROWS)
+        ]
+        if not parts:
+            return torch.zeros(0, 1, device=self._device)
+        back = torch.from_numpy(np.argsort(order, kind="stable")).to(self._device)
+        return torch.cat(parts)[back]
+
+    def _forward(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        ids, mask = batch_inputs(rows, self._pad)
+        inputs = self._network.inputs(ids.to(self._device), mask.to(self._device))
+        half = self.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            output: torch.Tensor = module(**inputs).logits
+        return output.float()
+
+    def _pool(self, values: torch.Tensor, starts: Index) -> torch.Tensor:
+        """The mean over each record's rows. The classifier is linear: features or logits alike."""
+        records = len(starts) - 1
+        if len(values) == records:
+            return values
+        place = torch.from_numpy(_members_of(starts)).to(self._device)
+        counts = torch.from_numpy(np.diff(starts)).to(self._device, values.dtype)
+        return _sum_by(values, place, records) / counts[:, None]
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda[:N]`: auto takes a GPU where there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    if wanted == "auto":
+        return "bfloat16" if computes_in_bfloat16(device) else "float32"
+    return wanted
+
+
+def _members_of(starts: Index) -> Index:
+    """For each member the group it belongs to, where group g holds starts[g] to starts[g + 1]."""
+    return np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts))
+
+
+def _row_weights(notes: _Notes) -> NDArray[np.float32]:
+    """Weights by which the mean over a patient's rows is the mean over the patient's notes.
+
+    A patient has R rows in N notes, a note W of them: its rows weigh R / (N W); all ones where
+    every note is one row.
+    """
+    windows = np.diff(notes.starts)
+    counts = np.diff(notes.patients)
+    rows = np.diff(notes.starts[notes.patients])
+    owner = _members_of(notes.patients)
+    by_note = rows[owner] / (counts[owner] * windows)
+    return np.repeat(by_note, windows).astype(np.float32)
+
+
+def _sum_by(values: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
+    total = values.new_zeros(count, values.shape[1])
+    return total.index_add(0, place, values)

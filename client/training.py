@@ -1,0 +1,352 @@
+"""Local training: one round of DP-SGD, or of plain mini-batches, and the metric words after it.
+
+Everything public about a step (sampling rate, expected batch, steps, clip norm, noise) comes
+from the study; nothing is derived from how many patients this site has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from client.privacy.admission import admit
+from client.privacy.engine import PerSampleEngine
+from client.privacy.ledger import Charge
+from client.privacy.noise import SecureNoise
+from client.privacy.sampling import sample_patients
+from client.tasks.base import Learner
+from common.accountant import DpEvent
+from common.errors import Code, DataError
+from common.metrics import METRIC_SCALE, PATIENT_SENSITIVITY, words_from_counts
+from common.ports import Tensors
+from common.study import Study
+from common.tensors import Layout
+
+# Noise on the metrics is rounded to words; this many words hide the float's low-order bits.
+_WORD_STD_FLOOR = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """What the study says about a round inside a hospital.
+
+    Args:
+        mode: `local`, DP-SGD; `none`, plain mini-batches without any promise to a patient.
+        sampling_rate: q, with `local`.
+        expected_batch: B, the public divisor of a step's sum; without DP, the batch in patients.
+        micro_batch: rows in memory at a time; a patient's rows are never parted.
+        clip_norm: C, with `local`.
+        noise_multiplier: sigma over C, with `local`.
+        evaluation_noise: the same for the metrics, over their sensitivity, with `local`.
+    """
+
+    mode: Literal["local", "none"]
+    local_steps: int
+    expected_batch: float
+    micro_batch: int
+    learning_rate: float
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    proximal: float = 0.0
+    sampling_rate: float = 1.0
+    clip_norm: float | None = None
+    noise_multiplier: float | None = None
+    evaluation_noise: float | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.mode == "local" and not (self.clip_norm and self.noise_multiplier):
+            raise ValueError("mode local needs a clip norm and a noise multiplier")
+        if self.evaluation_noise is not None and _word_std(self.evaluation_noise) < _WORD_STD_FLOOR:
+            raise ValueError("the evaluation noise is too small to be rounded safely")
+
+    @staticmethod
+    def from_study(
+        study: Study, *, noise_multiplier: float | None, evaluation_noise: float | None
+    ) -> TrainingSettings:
+        """The study's settings with the noise multipliers that its bundle resolved."""
+        training, optimizer = study.training, study.training.optimizer
+        private = study.privacy.mode == "local"
+        return TrainingSettings(
+            mode=study.privacy.mode,
+            local_steps=training.local_steps,
+            expected_batch=training.expected_batch,
+            micro_batch=training.micro_batch,
+            learning_rate=optimizer.learning_rate,
+            optimizer=optimizer.name,
+            weight_decay=optimizer.weight_decay,
+            momentum=optimizer.momentum,
+            proximal=training.proximal,
+            sampling_rate=training.sampling_rate,
+            clip_norm=study.privacy.clip_norm,
+            noise_multiplier=noise_multiplier if private else None,
+            evaluation_noise=evaluation_noise if private else None,
+            precision=study.model.precision,
+        )
+
+    def charges(self, *, evaluate: bool) -> tuple[Charge, ...]:
+        """What a round costs, for the ledger; nothing without DP."""
+        if self.mode == "none" or self.noise_multiplier is None:
+            return ()
+        steps = DpEvent(self.noise_multiplier, self.sampling_rate, self.local_steps)
+        charges = (Charge("train", "train", (steps,)),)
+        if not evaluate:
+            return charges
+        if self.evaluation_noise is None:
+            raise ValueError("mode local needs evaluation noise to measure")
+        return (*charges, Charge("evaluate", "held_out", (DpEvent(self.evaluation_noise, 1.0, 1),)))
+
+
+class LocalTrainer:
+    """The Trainer port over a learner.
+
+    Guarantee: with mode `local`, `train` is `local_steps` Poisson-subsampled Gaussian mechanisms
+        of noise multiplier `noise_multiplier` with the patient as the unit (docs/PRIVACY.md),
+        and the model was admitted first. After `train` the object holds neither the sample, nor
+        the key of the noise, nor the local weights.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        layout: Layout,
+        settings: TrainingSettings,
+        noise: SecureNoise,
+        device: str = "auto",
+    ) -> None:
+        self._learner = learner
+        self._layout = layout
+        self._settings = settings
+        self._noise = noise
+        self._device = pick_device(device)
+        self._reduced = _reduced(settings.precision, self._device)
+        self._admitted = False
+        learner.module.to(self._device)
+        self._parameters = learner.trainable()
+        shapes = {name: tuple(p.shape) for name, p in sorted(self._parameters.items())}
+        if shapes != {spec.name: spec.shape for spec in layout.specs}:
+            raise DataError(
+                Code.TRAINABLES_DIFFER,
+                f"the model trains {len(shapes)} tensors, the study names {len(layout.specs)} "
+                "or other shapes.",
+            )
+
+    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32]:
+        """The update of one round, (d,) float32 in layout order.
+
+        Raises:
+            RefusedError: the model does not pass admission.
+            DataError: the update is not finite; nothing of it is returned.
+        """
+        del round_number  # a round has fresh noise and a fresh optimiser, whatever its number
+        start = self._layout.flatten(state)
+        self._load(start)
+        self._learner.module.train()
+        try:
+            if self._settings.mode == "local":
+                self._train_privately(start)
+            else:
+                self._train_plainly(start)
+            update = self._weights() - start
+        finally:
+            self._forget(start)
+        if not np.isfinite(update).all():
+            raise DataError(Code.UPDATE_NOT_FINITE, "the local update is not finite.")
+        return update
+
+    def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
+        """The metric words of `state` on the held-out patients, (m,), noised under DP.
+
+        Guarantee: one Gaussian mechanism of noise multiplier `evaluation_noise`; the words are
+            rounded after the noise, which is post-processing.
+        """
+        del round_number
+        self._load(self._layout.flatten(state))
+        self._learner.module.eval()
+        with torch.no_grad(), self._autocast():
+            counts = self._learner.measure()
+        if self._settings.mode == "none":
+            return words_from_counts(counts)
+        if self._settings.evaluation_noise is None:
+            raise ValueError("mode local needs evaluation noise to measure")
+        std = self._settings.evaluation_noise * PATIENT_SENSITIVITY
+        words = words_from_counts(self._noise.add_gaussian(counts, std))
+        self._noise.renew()
+        return words
+
+    # ------------------------------------------------------------------ private steps
+
+    def _train_privately(self, start: NDArray[np.float32]) -> None:
+        settings = self._settings
+        assert settings.clip_norm is not None  # noqa: S101 - checked by the settings
+        assert settings.noise_multiplier is not None  # noqa: S101
+        if not self._admitted:
+            admit(self._learner)
+            self._admitted = True
+        optimizer, anchor = self._optimizer(), self._anchor(start)
+        engine = PerSampleEngine(
+            self._learner.module,
+            self._parameters,
+            settings.clip_norm,
+            reduced_precision=self._reduced,
+        )
+        try:
+            for _ in range(settings.local_steps):
+                self._private_step(engine, settings.noise_multiplier)
+                self._pull(anchor)
+                optimizer.step()
+        finally:
+            engine.close()
+
+    def _private_step(self, engine: PerSampleEngine, noise_multiplier: float) -> None:
+        """Set every gradient to (clipped sum + noise) / B; an empty sample is noise alone."""
+        count = self._learner.patient_count()
+        sample = sample_patients(self._noise, count, self._settings.sampling_rate)
+        total = torch.zeros(self._layout.size, dtype=torch.float32, device=self._device)
+        for rows, owner, patients in self._micro_batches(sample):
+            with self._autocast():
+                losses = self._learner.losses(rows)
+            sums = engine.clipped_sum(losses, owner, patients).gradients
+            total += torch.cat([sums[spec.name].reshape(-1) for spec in self._layout.specs])
+        noisy = self._noise.add_gaussian(total, noise_multiplier * engine.sensitivity)
+        noisy /= self._settings.expected_batch
+        for parameter, gradient in zip(
+            self._ordered(), torch.split(noisy, list(self._layout.sizes)), strict=True
+        ):
+            parameter.grad = gradient.reshape(parameter.shape).to(parameter.dtype)
+
+    def _micro_batches(
+        self, patients: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
+        """(rows, owner, patients) pieces of at most `micro_batch` rows, whole patients each."""
+        if not len(patients):
+            return
+        rows, owner = self._learner.rows_of(patients)
+        if 0 < len(rows) <= self._settings.micro_batch:
+            yield rows, owner, len(patients)
+            return
+        order = np.argsort(owner, kind="stable")
+        rows, owner = rows[order], owner[order]
+        ends = np.searchsorted(owner, np.arange(len(patients)), side="right")
+        first = begin = 0
+        while first < len(patients):
+            fitting = np.searchsorted(ends, begin + self._settings.micro_batch, side="right")
+            last = max(int(fitting), first + 1)
+            end = int(ends[last - 1])
+            if end > begin:
+                yield rows[begin:end], owner[begin:end] - first, last - first
+            first, begin = last, end
+
+    # ------------------------------------------------------------------ plain steps
+
+    def _train_plainly(self, start: NDArray[np.float32]) -> None:
+        optimizer, anchor = self._optimizer(), self._anchor(start)
+        for batch in self._plain_batches():
+            optimizer.zero_grad(set_to_none=True)
+            pieces = list(self._micro_batches(batch))
+            count = sum(len(rows) for rows, _, _ in pieces)
+            for rows, _, _ in pieces:
+                with self._autocast():
+                    losses = self._learner.losses(rows)
+                (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+            self._pull(anchor)
+            optimizer.step()
+
+    def _plain_batches(self) -> Iterator[NDArray[np.int64]]:
+        """`local_steps` batches; every patient is seen once before any is seen again."""
+        count = self._learner.patient_count()
+        size = min(count, max(1, round(self._settings.expected_batch)))
+        order = np.zeros(0, np.int64)
+        for _ in range(self._settings.local_steps if count else 0):
+            if not len(order):
+                order = self._noise.permutation(count)
+            yield order[:size]
+            order = order[size:]
+
+    # ------------------------------------------------------------------ weights
+
+    def _ordered(self) -> list[nn.Parameter]:
+        return [self._parameters[spec.name] for spec in self._layout.specs]
+
+    def _load(self, flat: NDArray[np.float32]) -> None:
+        pieces = torch.split(torch.from_numpy(flat), list(self._layout.sizes))
+        with torch.no_grad():
+            for parameter, piece in zip(self._ordered(), pieces, strict=True):
+                parameter.copy_(piece.reshape(parameter.shape))
+
+    def _weights(self) -> NDArray[np.float32]:
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in self._ordered()])
+        weights: NDArray[np.float32] = flat.float().cpu().numpy()
+        return weights
+
+    def _forget(self, start: NDArray[np.float32]) -> None:
+        """Leave nothing behind but the state that came in, which the coordinator knows."""
+        self._load(start)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._noise.renew()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self._settings
+        if settings.optimizer == "sgd":
+            return torch.optim.SGD(
+                self._ordered(),
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            )
+        return torch.optim.AdamW(
+            self._ordered(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    def _anchor(self, start: NDArray[np.float32]) -> list[torch.Tensor]:
+        """The round's start, per parameter, where FedProx pulls towards it; else nothing."""
+        if not self._settings.proximal:
+            return []
+        flat = torch.from_numpy(start).to(self._device)
+        pieces = torch.split(flat, list(self._layout.sizes))
+        return [
+            piece.reshape(parameter.shape)
+            for piece, parameter in zip(pieces, self._ordered(), strict=True)
+        ]
+
+    def _pull(self, anchor: list[torch.Tensor]) -> None:
+        """Add mu * (w - start): under DP after the noise, a function of what is private already.
+
+        Source: Li et al. 2020 (FedProx).
+        """
+        with torch.no_grad():
+            for parameter, home in zip(self._ordered() if anchor else [], anchor, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - home, alpha=self._settings.proximal)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if not self._reduced:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; anything else is taken at its word."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reduced(precision: str, device: torch.device) -> bool:
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"
+
+
+def _word_std(evaluation_noise: float) -> float:
+    return math.fabs(evaluation_noise) * PATIENT_SENSITIVITY * METRIC_SCALE

@@ -1,0 +1,190 @@
+"""The study bundle: what `wardround study build` resolves, and what every party then reads.
+
+    study.yaml            the study as written, without its simulation
+    bundle.json           sites, tensor shapes, backbone digest, noise, exponents, model config
+    initial.safetensors   the trainable tensors before the first round
+
+The study digest covers all three; hospitals approve that digest and pin it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import load
+from common.crypto import labels
+from common.crypto.digest import digest
+from common.errors import Code, StorageError
+from common.metrics import metric_length
+from common.plan import Plan, plan
+from common.ports import Tensors
+from common.protocol.terms import Terms
+from common.secagg.quantise import limit
+from common.strategy import OptimizerSettings, ServerOptimizer, initial_exponents
+from common.study import Site, Study
+from common.tensors import Layout, load_tensors, save_tensors, state_digest
+from common.world import write_durably
+
+STUDY_FILE = "study.yaml"
+FACTS_FILE = "bundle.json"
+WEIGHTS_FILE = "initial.safetensors"
+_FORMAT = "wardround-bundle/1"
+# The first round's range, before any aggregate tells a better one: no single local update of
+# a sensible recipe moves a weight by more, and 24 bits resolve it to a millionth for n = 10.
+FIRST_RANGE = 1.0
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A resolved study.
+
+    `noise_multiplier` and `evaluation_noise` are None without differential privacy.
+    """
+
+    study: Study
+    initial: Tensors
+    backbone_digest: bytes
+    model_config: str
+    noise_multiplier: float | None
+    evaluation_noise: float | None
+
+    @property
+    def layout(self) -> Layout:
+        """The trainable tensors, sorted by name."""
+        return Layout.of(self.initial)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every site's public weight, scaled so that the largest is 1."""
+        largest = max(site.weight for site in self.study.sites)
+        return {site.id: site.weight / largest for site in self.study.sites}
+
+    @property
+    def digest(self) -> bytes:
+        """The study digest: terms, tensors, backbone and noise, as every party computes it."""
+        return digest(
+            labels.STUDY,
+            self.study.terms(),
+            state_digest(self.initial),
+            self.backbone_digest,
+            self.model_config,
+            repr(self.noise_multiplier),
+            repr(self.evaluation_noise),
+        )
+
+    def optimizer(self) -> ServerOptimizer:
+        """The server optimiser of the study."""
+        chosen = self.study.aggregation.optimizer
+        return ServerOptimizer(
+            OptimizerSettings(
+                name=chosen.name,
+                learning_rate=chosen.learning_rate,
+                momentum=chosen.momentum,
+                beta1=chosen.beta1,
+                beta2=chosen.beta2,
+                tau=chosen.tau,
+            )
+        )
+
+    def terms(self, roster: Mapping[str, bytes]) -> Terms:
+        """What the round machines need."""
+        study, layout, optimizer = self.study, self.layout, self.optimizer()
+        count, bits = len(study.sites), study.aggregation.ring_bits
+        if set(roster) != {site.id for site in study.sites}:
+            raise StorageError(
+                Code.BUNDLE_DAMAGED, "The roster does not hold exactly the study's sites."
+            )
+        exponents = initial_exponents(layout.specs, limit=limit(bits, count), largest=FIRST_RANGE)
+        spare = study.training.spare_rounds
+        return Terms(
+            study=self.digest,
+            roster=dict(roster),
+            quorum=study.quorum_size(count),
+            weights=self.weights,
+            layout=layout,
+            ring_bits=bits,
+            metric_words=metric_length(len(study.task.labels)),
+            initial=optimizer.initial(self.initial),
+            exponents=tuple(exponents[spec.name] for spec in layout.specs),
+            optimizer=optimizer,
+            turns=study.training.rounds,
+            evaluate_every=study.evaluation.every,
+            rounds=study.training.rounds + 1 + spare,
+            private=study.privacy.mode != "none",
+            burns_tolerated=spare,
+        )
+
+    def plan(self, patients: Mapping[str, int] | None = None) -> Plan:
+        """What this bundle will do."""
+        return plan(self.study, self.layout.size, patients=patients)
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle. Raises StorageError."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                Code.JOURNAL_WRITE, f"{folder}: cannot be written ({error.strerror})."
+            ) from None
+        save_tensors(folder / WEIGHTS_FILE, self.initial)
+        facts = {
+            "format": _FORMAT,
+            "digest": self.digest.hex(),
+            "backbone": self.backbone_digest.hex(),
+            "noise_multiplier": self.noise_multiplier,
+            "evaluation_noise": self.evaluation_noise,
+            "shapes": {s.name: list(s.shape) for s in self.layout.specs},
+            "model_config": json.loads(self.model_config),
+        }
+        text = json.dumps(facts, indent=1, sort_keys=True)
+        write_durably(folder / FACTS_FILE, [text.encode()])
+        # JSON is YAML: the study as resolved, with its sites, in one canonical form.
+        written = self.study.model_dump(mode="json", exclude={"simulation"}, exclude_none=True)
+        write_durably(folder / STUDY_FILE, [json.dumps(written, indent=1).encode()])
+
+    @staticmethod
+    def load(folder: Path) -> Bundle:
+        """Read and check a bundle. Raises StorageError, ConfigError."""
+        study = load(folder / STUDY_FILE, Study)
+        try:
+            facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
+            bundle = Bundle(
+                study,
+                load_tensors(folder / WEIGHTS_FILE),
+                bytes.fromhex(facts["backbone"]),
+                json.dumps(facts["model_config"], sort_keys=True),
+                facts["noise_multiplier"],
+                facts["evaluation_noise"],
+            )
+            expected = facts["digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                Code.BUNDLE_DAMAGED, f"{folder}: not a study bundle ({type(error).__name__})."
+            ) from None
+        if bundle.digest.hex() != expected:
+            raise StorageError(Code.BUNDLE_DAMAGED, f"{folder}: the bundle was changed.")
+        return bundle
+
+
+def resolve(study: Study, initial: Tensors, backbone_digest: bytes, model_config: str) -> Bundle:
+    """Fix what the study leaves open: the noise for its epsilon, from public numbers alone."""
+    planned = plan(study, Layout.of(initial).size)
+    return Bundle(
+        study,
+        dict(initial),
+        backbone_digest,
+        model_config,
+        planned.training.noise_multiplier if planned.training is not None else None,
+        planned.evaluation.noise_multiplier,
+    )
+
+
+def with_sites(study: Study, sites: tuple[str, ...]) -> Study:
+    """The study of a simulation, with the sites that its data gave."""
+    if study.sites:
+        return study
+    return study.with_sites([Site(id=site) for site in sites])

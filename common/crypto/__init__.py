@@ -1,0 +1,1 @@
+"""Small cryptography: one concept per module, every key used once."""

@@ -1,0 +1,215 @@
+"""The hashes that bind a round, as every party computes them (docs/PROTOCOL.md, "Transcript").
+
+handshake transcript rt -> header hash hh -> participants hash uh1 -> survivors hash uh2 -> commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.crypto import labels
+from common.crypto.digest import digest, expand, tree_digest
+from common.crypto.identity import verify
+from common.errors import Code, ProtocolError
+from common.ports import Tensors
+from common.protocol.codec import dump_record
+from common.protocol.terms import UPDATE_LANE, Terms
+from common.protocol.wire import TAG_BYTES, Agree, Burn, Header, Link, Signed, unpack_body
+from common.secagg.masking import Lane
+
+GENESIS = bytes(32)
+
+
+def handshake_transcript(study: bytes, run: bytes, epoch: int, bodies: Iterable[bytes]) -> bytes:
+    """rt: the study, the run, the epoch and every member's run key, in order of site."""
+    return digest(labels.HANDSHAKE, study, run, epoch, tuple(bodies))
+
+
+def header_hash(header: Header) -> bytes:
+    """hh: everything two sites must agree on for their masks to cancel."""
+    return digest(labels.HEADER, *dump_record(header))
+
+
+def head_digest(head: Signed) -> bytes:
+    """The digest of a site's head."""
+    return digest(labels.HEAD, head.body)
+
+
+def participants_hash(header: bytes, heads: Mapping[str, bytes]) -> bytes:
+    """uh1: the header hash and the digest of every participant's head."""
+    return digest(labels.PARTICIPANTS, header, dict(heads))
+
+
+def upload_root(lanes: Sequence[tuple[Lane, bytes]]) -> bytes:
+    """The root of an upload: number, width, length and tree digest of every lane.
+
+    Guarantee: no plane can be dropped, swapped, resized or moved to another lane.
+    """
+    return digest(
+        labels.ROOT, tuple((lane.lane_id, lane.bits, lane.length, tree) for lane, tree in lanes)
+    )
+
+
+def split_planes(
+    lanes: Sequence[Lane], planes: Sequence[memoryview]
+) -> list[tuple[Lane, list[memoryview]]]:
+    """The planes of an upload by lane. Raises ProtocolError where number or length is wrong."""
+    lengths = [length for lane in lanes for length in lane.plane_bytes]
+    if [plane.nbytes for plane in planes] != lengths:
+        raise ProtocolError(Code.UPLOAD_SHAPE, "An upload's planes are not those of its lanes.")
+    remaining = list(planes)
+    split: list[tuple[Lane, list[memoryview]]] = []
+    for lane in lanes:
+        count = len(lane.plane_bytes)
+        split.append((lane, remaining[:count]))
+        remaining = remaining[count:]
+    return split
+
+
+def survivors_hash(participants: bytes, roots: Mapping[str, bytes]) -> bytes:
+    """uh2: the participants hash and every survivor's upload root."""
+    return digest(labels.SURVIVORS, participants, dict(roots))
+
+
+def commit(survivors: bytes, sums: Sequence[memoryview | bytes]) -> bytes:
+    """What the next round's `prev` is: the survivors hash and the aggregate itself."""
+    return digest(labels.COMMIT, survivors, tuple(tree_digest([part]) for part in sums))
+
+
+def share_commitment(label: str, header: bytes, dealer: str, holder: str, salted: bytes) -> bytes:
+    """A dealer's salted commitment to one share (share then salt)."""
+    return digest(label, header, dealer, holder, salted)
+
+
+def confirm_tag(pair_key: bytes, transcript: bytes, sender: str, receiver: str) -> bytes:
+    """What `sender` shows `receiver` to prove that both hold the same pair key."""
+    return expand(pair_key, labels.CONFIRM_TAG, transcript, sender, receiver, length=TAG_BYTES)
+
+
+def dump_state(terms: Terms, state: Tensors) -> bytes:
+    """A state's bytes for a site that is behind: every tensor, little-endian, names sorted."""
+    return b"".join(np.ascontiguousarray(state[n], "<f4").tobytes() for n in sorted(terms.initial))
+
+
+def load_state(terms: Terms, data: bytes | memoryview) -> dict[str, NDArray[np.float32]]:
+    """The inverse of `dump_state`. Raises ProtocolError where the length is wrong."""
+    total = sum(value.size for value in terms.initial.values())
+    if len(data) != 4 * total:
+        raise ProtocolError(Code.LINK_MALFORMED, "The state served has a wrong length.")
+    flat = np.frombuffer(data, "<f4")
+    state: dict[str, NDArray[np.float32]] = {}
+    start = 0
+    for name in sorted(terms.initial):
+        like = terms.initial[name]
+        state[name] = flat[start : start + like.size].reshape(like.shape)
+        start += like.size
+    return state
+
+
+def pair_order(one: str, other: str) -> tuple[str, str]:
+    """The pair in order of site id."""
+    return (one, other) if one < other else (other, one)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a party stands: the model, its exponents, and what the next round builds on.
+
+    `version` is the round number of the last completed round (0 before the first); `turn` is
+    the next turn to play, starting at 1.
+    """
+
+    version: int
+    turn: int
+    state: Tensors
+    state_digest: bytes
+    exponents: tuple[int, ...]
+    prev: bytes
+
+    @staticmethod
+    def genesis(terms: Terms, initial_digest: bytes) -> Chain:
+        """The chain before the first round: the study's initial weights."""
+        return Chain(0, 1, terms.initial, initial_digest, terms.exponents, GENESIS)
+
+
+def link_survivors(link: Link) -> tuple[str, ...]:
+    """The survivors of a completed round, sorted."""
+    return tuple(sorted(link.roots))
+
+
+def link_hashes(link: Link) -> tuple[bytes, bytes]:
+    """(survivors hash, commit) of a link, from its own fields."""
+    participants = participants_hash(header_hash(link.header), link.heads)
+    survivors = survivors_hash(participants, link.roots)
+    return survivors, commit(survivors, link.sums)
+
+
+def count_signers(
+    terms: Terms, statements: Iterable[Signed], kind: type[Agree | Burn], expected: tuple[Any, ...]
+) -> set[str]:
+    """The distinct parties with a valid statement whose fields (without site) are `expected`."""
+    signers: set[str] = set()
+    for signed in statements:
+        statement: Any = unpack_body(kind, signed)
+        public = terms.roster.get(statement.site)
+        fields = tuple(getattr(statement, name) for name, _ in statement.FIELDS if name != "site")
+        if public is None or fields != expected:
+            continue
+        if verify(public, signed.signature, kind.LABEL, signed.body):
+            signers.add(statement.site)
+    return signers
+
+
+def verify_link(terms: Terms, run: bytes, link: Link) -> bytes:
+    """Check a link's certificate; returns its survivors hash. Raises ProtocolError.
+
+    Guarantee: at least Q distinct survivors signed exactly this header, these participants
+    and these survivors. The aggregate itself is not covered by the certificate: hospitals
+    compare it through the next round's `prev` (docs/PROTOCOL.md, "Honest limits").
+    """
+    header = link.header
+    if header.study != terms.study or header.run != run:
+        raise ProtocolError(Code.ROUND_WRONG_RUN, "A link belongs to another study or run.")
+    if header.lanes != terms.lanes(header.turn) or header.kind != terms.kind(header.turn):
+        raise ProtocolError(Code.LINK_MALFORMED, "A link's lanes are not the study's.")
+    if len(link.sums) != len(header.lanes) or len(header.exponents) != len(terms.exponents):
+        raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate has the wrong shape.")
+    if not set(link.roots) <= set(link.heads) or not set(link.heads) <= set(terms.roster):
+        raise ProtocolError(Code.LINK_MALFORMED, "A link's survivors are not its participants.")
+    survivors, _ = link_hashes(link)
+    expected = (terms.study, run, header.round, survivors)
+    signers = count_signers(terms, link.agreements, Agree, expected)
+    if len(signers & set(link.roots)) < terms.quorum:
+        raise ProtocolError(
+            Code.LINK_QUORUM, f"Round {header.round} is certified by fewer than {terms.quorum}."
+        )
+    return survivors
+
+
+def advance(terms: Terms, chain: Chain, link: Link, digest_of: Any) -> Chain:
+    """The chain after a verified link, from the chain the link's round started on.
+
+    Raises ProtocolError where the link does not continue `chain`.
+    """
+    header = link.header
+    if header.state != chain.state_digest or header.prev != chain.prev:
+        raise ProtocolError(Code.LINK_STATE, "A link does not continue this site's model.")
+    _, following = link_hashes(link)
+    if header.kind == "evaluate":
+        return Chain(
+            header.round,
+            header.turn + 1,
+            chain.state,
+            chain.state_digest,
+            chain.exponents,
+            following,
+        )
+    lane = header.lanes[UPDATE_LANE]
+    total = terms.signed_sum(lane, link.sums[0])
+    state, exponents = terms.apply(chain.state, header.exponents, total, link_survivors(link))
+    return Chain(header.round, header.turn + 1, state, digest_of(state), exponents, following)

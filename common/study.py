@@ -1,0 +1,526 @@
+"""The study: the terms of one training, agreed and signed by every site.
+
+`study.yaml` is the only source of what is public about a run: labels, model, rounds, sampling
+rate, expected batch, clip norm, budget, sites and quorum. Nothing in it is discovered from data.
+The section `simulation` is not part of the signed terms: it says how one machine plays all sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+from common.config import Frozen, Rules
+from common.ids import is_site_id
+from common.secagg import quorum as quorums
+
+__all__ = [
+    "FORMAT",
+    "MAX_SITES",
+    "MIN_SITES",
+    "Aggregation",
+    "Columns",
+    "Deadlines",
+    "Evaluation",
+    "Fault",
+    "Lora",
+    "ModelChoice",
+    "Optimizer",
+    "Privacy",
+    "Quorum",
+    "ServerOptimizer",
+    "Simulation",
+    "SimulationData",
+    "Site",
+    "Split",
+    "Study",
+    "Task",
+    "Term",
+    "Training",
+    "simulated_sites",
+]
+
+FORMAT: Final = "wardround-study/1"
+MIN_SITES: Final = quorums.MIN_PARTIES
+MAX_SITES: Final = 255  # Shamir's x-coordinates are one byte
+
+T = TypeVar("T")
+Listed = Annotated[tuple[T, ...], Field(strict=False)]  # YAML has lists; a frozen model has tuples
+Term = str | int | tuple["Term", ...] | dict[str, "Term"]
+
+
+def _named(value: str) -> str:
+    if not is_site_id(value):
+        raise ValueError(f"must be 1 to 63 of a-z, 0-9 and inner hyphens (got {value[:70]!a})")
+    return value
+
+
+def _plain(value: str) -> str:
+    if not value.isprintable() or value != value.strip():
+        raise ValueError("must be printable text without spaces at its ends")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_named)]
+Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
+FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
+Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
+
+
+class Columns(Frozen):
+    """Which columns of the hospital's files hold what."""
+
+    patient: Text = Field("patient", description="who the record is about: the unit of privacy")
+    text: Text = Field("text", description="the clinical note")
+    label: Text = Field("label", description="the diagnosis, one of task.labels")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.text != self.patient, "text", "is also the patient column")
+        rules.require(
+            self.label not in {self.patient, self.text}, "label", "is also another column"
+        )
+        rules.done()
+        return self
+
+
+class Task(Frozen):
+    """What is learned."""
+
+    kind: Literal["diagnosis"] = Field(description="diagnosis: one label for each clinical note")
+    labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
+        description="every class, in the order of the model's outputs; never discovered from data"
+    )
+    columns: Columns = Field(Columns(), description="column names in the hospitals' files")
+    max_tokens: int = Field(128, ge=8, le=8192, description="tokens of a note that the model sees")
+    long_notes: Literal["truncate", "window"] = Field(
+        "truncate", description="cut a long note, or slide a window and pool the logits"
+    )
+    window_stride: int = Field(
+        64, ge=1, le=8191, description="tokens from one window to the next; with long_notes: window"
+    )
+    max_windows: int = Field(4, ge=1, le=64, description="windows of one note that are kept")
+    stop_words: Literal["none", "english"] = Field("none", description="words removed before")
+    stemming: Literal["none", "english"] = Field("none", description="stemmer applied before")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        for index in _repeats(self.labels):
+            rules.require(False, f"labels.{index}", "is listed twice")  # noqa: FBT003
+        window = self.long_notes == "window"
+        rules.require(
+            not window or self.window_stride < self.max_tokens,
+            "window_stride",
+            f"must be less than max_tokens ({self.max_tokens}), or tokens between two windows are "
+            f"never read (is {self.window_stride})",
+        )
+        rules.done()
+        return self
+
+
+class Lora(Frozen):
+    """Low-rank adapters; read where model.tuning is lora."""
+
+    rank: int = Field(8, ge=1, le=256, description="rank of each adapter")
+    alpha: float = Field(16.0, gt=0, le=4096, description="scale: alpha / rank")
+    modules: Annotated[Listed[Text], Field(min_length=1, max_length=64)] = Field(
+        ("query", "value"), description="names of the linear layers that get an adapter"
+    )
+
+
+class ModelChoice(Frozen):
+    """Which network, and which part of it learns."""
+
+    backbone: Text = Field(
+        description="package:NAME/FOLDER (inside an installed Python package), a folder, or a "
+        "Hugging Face hub id"
+    )
+    tuning: Literal["head", "bitfit", "lora", "full"] = Field(
+        "head", description="what is trained: the classifier, also biases, adapters, or everything"
+    )
+    lora: Lora = Field(Lora(), description="adapters, with tuning: lora")
+    freeze_embeddings: bool = Field(
+        default=True, description="with tuning: full, leave the word embeddings as they are"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, float32 elsewhere"
+    )
+
+
+class Optimizer(Frozen):
+    """The optimiser inside each hospital, new in every round."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd")
+    learning_rate: float = Field(1e-3, gt=0, le=100, description="step size")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled decay in each step")
+    momentum: float = Field(0.0, ge=0, lt=1, description="with name: sgd")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(
+            self.name == "sgd" or self.momentum == 0,
+            "momentum",
+            f"has no effect with name: {self.name}; remove it",
+        )
+        rules.done()
+        return self
+
+
+class Training(Frozen):
+    """What happens inside a hospital in one round; all of it is public."""
+
+    rounds: int = Field(20, ge=1, le=10_000, description="rounds of the whole study")
+    local_steps: int = Field(10, ge=1, le=10_000, description="DP steps in a hospital per round")
+    sampling_rate: float = Field(
+        0.1, gt=0, le=1, description="q: chance that a patient takes part in a step"
+    )
+    expected_batch: float = Field(
+        32.0, gt=0, le=1e6, description="B: patients a step counts on; sums are divided by it"
+    )
+    micro_batch: int = Field(32, ge=1, le=65_536, description="records in memory at a time")
+    optimizer: Optimizer = Field(Optimizer(), description="the optimiser inside each hospital")
+    proximal: float = Field(0.0, ge=0, le=1000, description="FedProx mu; 0 is plain FedAvg")
+    spare_rounds: int = Field(
+        2, ge=0, le=10_000, description="rounds that may be burned and tried again within epsilon"
+    )
+
+
+class ServerOptimizer(Frozen):
+    """What the coordinator does with the mean update, and every hospital repeats."""
+
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
+        "fedavg", description="Reddi et al. 2021 (arXiv 2003.00295)"
+    )
+    learning_rate: float = Field(1.0, gt=0, le=100, description="server step size")
+    momentum: float = Field(0.9, ge=0, lt=1, description="with fedavgm")
+    beta1: float = Field(0.9, ge=0, lt=1, description="with fedadam, fedyogi, fedadagrad")
+    beta2: float = Field(0.99, ge=0, lt=1, description="with fedadam, fedyogi")
+    tau: float = Field(1e-3, gt=0, le=1, description="adaptivity; with the adaptive three")
+
+
+class Aggregation(Frozen):
+    """How masked updates become the next model."""
+
+    optimizer: ServerOptimizer = Field(ServerOptimizer(), description="applied to the mean update")
+    ring_bits: Literal[24, 32] = Field(24, description="bits of a masked word: 24 or 32")
+
+
+class Privacy(Frozen):
+    """What a patient is promised; the unit is the patient."""
+
+    mode: Literal["local", "none"] = Field(
+        description="local: DP-SGD inside every hospital; none: masks only, no promise to a patient"
+    )
+    epsilon: float | None = Field(
+        None, gt=0, le=100, description="budget of the whole study per patient"
+    )
+    delta: float | None = Field(None, gt=0, lt=1e-3, description="well below 1 / patients")
+    clip_norm: float | None = Field(
+        None, gt=0, le=1e6, description="C: largest L2 norm of a patient's gradient"
+    )
+    noise_multiplier: float | None = Field(
+        None, gt=0, le=1e4, description="sigma; absent: solved for epsilon"
+    )
+    evaluation_epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="what metrics may cost a held-out patient, who never trains; absent: epsilon",
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        if self.mode == "local":
+            for key in ("epsilon", "delta", "clip_norm"):
+                rules.require(getattr(self, key) is not None, key, "is needed with mode: local")
+            share, whole = self.evaluation_epsilon, self.epsilon
+            rules.require(
+                share is None or whole is None or share <= whole,
+                "evaluation_epsilon",
+                f"must not be more than epsilon (got {share} of {whole})",
+            )
+        else:
+            for key in type(self).model_fields:
+                given = key != "mode" and getattr(self, key) is not None
+                rules.require(not given, key, "has no effect with mode: none; remove it")
+        rules.done()
+        return self
+
+
+class Evaluation(Frozen):
+    """How the model is measured on held-out patients."""
+
+    every: int = Field(1, ge=1, le=10_000, description="measure after every so many rounds")
+    held_out: float = Field(0.2, gt=0, lt=1, description="part of each hospital's patients")
+    loss_cap: float = Field(8.0, gt=0, le=64, description="nats at which one loss is cut")
+
+
+class Site(Frozen):
+    """One hospital of the study."""
+
+    id: Name = Field(description="the hospital's name on the wire, in files and in logs")
+    weight: float = Field(
+        1.0, gt=0, le=1e6, description="weight in the mean update; a public constant"
+    )
+
+
+class Quorum(Frozen):
+    """How many hospitals may conspire."""
+
+    colluders: int | None = Field(
+        None, ge=1, description="c: hospitals that may conspire; absent: a third, at least one"
+    )
+
+
+class Deadlines(Frozen):
+    """How long the coordinator waits in each phase."""
+
+    handshake_s: Seconds = Field(120.0, description="seconds")
+    train_s: Seconds = Field(3600.0, description="seconds")
+    upload_s: Seconds = Field(600.0, description="seconds")
+    agree_s: Seconds = Field(120.0, description="seconds")
+    unmask_s: Seconds = Field(120.0, description="seconds")
+
+
+class SimulationData(Frozen):
+    """The files of a simulation."""
+
+    files: Annotated[Listed[FilePath], Field(min_length=1, max_length=10_000)] = Field(
+        description="CSV, Parquet or NDJSON; relative to the folder of this file"
+    )
+    test_files: Annotated[Listed[FilePath], Field(max_length=10_000)] = Field(
+        (), description="held out for a last test of the models; the same columns"
+    )
+
+
+class Split(Frozen):
+    """How one data set becomes several hospitals; a patient is never divided."""
+
+    by: Literal["column", "iid", "dirichlet", "quantity", "pathological"] = Field(
+        description="column: as the data says; iid: at random; dirichlet: skewed labels; "
+        "quantity: skewed sizes; pathological: few classes each"
+    )
+    sites: int | None = Field(
+        None, ge=MIN_SITES, le=MAX_SITES, description="number of hospitals; not with by: column"
+    )
+    column: Text | None = Field(None, description="the hospital's column; with by: column")
+    alpha: float | None = Field(
+        None, gt=0, le=1e6, description="small is skewed; with by: dirichlet"
+    )
+    skew: Literal["uniform", "linear", "square", "exponential"] | None = Field(
+        None, description="how sizes fall; with by: quantity"
+    )
+    classes_per_site: int | None = Field(
+        None, ge=1, le=1000, description="classes a hospital sees; with by: pathological"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        needs = {
+            "column": "column",
+            "dirichlet": "alpha",
+            "quantity": "skew",
+            "pathological": "classes_per_site",
+        }
+        rules = Rules()
+        for kind, key in needs.items():
+            given = getattr(self, key) is not None
+            rules.require(given or self.by != kind, key, f"is needed with by: {kind}")
+            message = f"has no effect with by: {self.by}; remove it"
+            rules.require(not given or self.by == kind, key, message)
+        rules.require(
+            self.by != "column" or self.sites is None,
+            "sites",
+            "has no effect with by: column, where the data says which hospitals there are; "
+            "remove it",
+        )
+        rules.done()
+        return self
+
+
+class Fault(Frozen):
+    """One planned accident in a simulation."""
+
+    round: int = Field(ge=1, description="in which round, counted from 1")
+    site: Name = Field(description="which hospital")
+    fault: Literal["drop", "crash"] = Field(
+        description="drop: gone for the round; crash: the process dies and comes back"
+    )
+
+
+class Simulation(Frozen):
+    """How one machine plays all hospitals; not part of the signed terms."""
+
+    data: SimulationData = Field(description="the files")
+    split: Split = Field(description="how they become hospitals")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the split; never of noise or masks")
+    dropouts_per_round: int = Field(0, ge=0, description="hospitals that vanish in every round")
+    faults: Annotated[Listed[Fault], Field(max_length=10_000)] = Field(
+        (), description="planned accidents"
+    )
+
+
+class Study(Frozen):
+    """The terms of one training.
+
+    Guarantee: two studies have equal `terms()` exactly when they agree in everything but
+    `simulation`.
+    """
+
+    format: Literal["wardround-study/1"] = Field(description="this file's kind and version")
+    name: Name = Field(description="the study's name")
+    task: Task = Field(description="what is learned")
+    model: ModelChoice = Field(description="which network, and which part of it learns")
+    training: Training = Field(Training(), description="what happens inside a hospital")
+    aggregation: Aggregation = Field(Aggregation(), description="how updates become a model")
+    privacy: Privacy = Field(description="what a patient is promised")
+    evaluation: Evaluation = Field(Evaluation(), description="how the model is measured")
+    sites: Annotated[Listed[Site], Field(max_length=MAX_SITES)] = Field(
+        (), description="every hospital; may be absent where `simulation` makes them"
+    )
+    quorum: Quorum = Field(Quorum(), description="how many hospitals may conspire")
+    deadlines: Deadlines = Field(Deadlines(), description="how long the coordinator waits")
+    simulation: Simulation | None = Field(None, description="how one machine plays all hospitals")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(
+            self.evaluation.every <= self.training.rounds,
+            "evaluation.every",
+            f"is more than training.rounds ({self.training.rounds}): nothing would be measured",
+        )
+        self._site_rules(rules)
+        if self.party_count is not None and self.party_count >= MIN_SITES:
+            self._quorum_rules(rules, self.party_count)
+        if self.simulation is not None:
+            self._simulation_rules(rules, self.simulation)
+        rules.done()
+        return self
+
+    def _site_rules(self, rules: Rules) -> None:
+        count = len(self.sites)
+        if count == 0:
+            message = "is missing: list the hospitals, or describe a simulation"
+            rules.require(self.simulation is not None, "sites", message)
+            return
+        rules.require(
+            count >= MIN_SITES, "sites", f"must list at least {MIN_SITES} hospitals (got {count})"
+        )
+        for index in _repeats(site.id for site in self.sites):
+            rules.require(False, f"sites.{index}.id", "is listed twice")  # noqa: FBT003
+
+    def _quorum_rules(self, rules: Rules, count: int) -> None:
+        colluders = self.colluders(count)
+        rules.require(
+            colluders <= count - 2,
+            "quorum.colluders",
+            f"must be at most {count - 2} of {count} hospitals: a sum over fewer than two honest "
+            f"ones hides nothing (got {colluders})",
+        )
+
+    def _simulation_rules(self, rules: Rules, simulation: Simulation) -> None:
+        split, listed = simulation.split, len(self.sites)
+        if split.by != "column":
+            rules.require(
+                split.sites is not None or listed > 0,
+                "simulation.split.sites",
+                f"is needed with by: {split.by} where the study lists no sites",
+            )
+            rules.require(
+                listed == 0 or split.sites in {None, listed},
+                "simulation.split.sites",
+                f"differs from the {listed} sites that the study lists",
+            )
+        if split.classes_per_site is not None:
+            rules.require(
+                split.classes_per_site <= len(self.task.labels),
+                "simulation.split.classes_per_site",
+                f"is more than the {len(self.task.labels)} labels",
+            )
+        known = {site.id for site in self.sites} or set(simulated_sites(split.sites or 0))
+        for index, fault in enumerate(simulation.faults):
+            where = f"simulation.faults.{index}"
+            message = f"is after the last round ({self.training.rounds})"
+            rules.require(fault.round <= self.training.rounds, f"{where}.round", message)
+            message = "is not a site of the study"
+            rules.require(not known or fault.site in known, f"{where}.site", message)
+        count = self.party_count
+        if count is not None and count >= MIN_SITES and self.colluders(count) <= count - 2:
+            spare = count - self.quorum_size(count)
+            rules.require(
+                simulation.dropouts_per_round <= spare,
+                "simulation.dropouts_per_round",
+                f"is more than the {spare} that the quorum can spare: no round would end",
+            )
+
+    @property
+    def party_count(self) -> int | None:
+        """n, or None where only the data of a simulation says which hospitals there are."""
+        if self.sites:
+            return len(self.sites)
+        return None if self.simulation is None else self.simulation.split.sites
+
+    def colluders(self, count: int) -> int:
+        """C among `count` hospitals: as signed, or a third of them and at least one."""
+        named = self.quorum.colluders
+        return quorums.colluders(count) if named is None else named
+
+    def quorum_size(self, count: int) -> int:
+        """Q: how many of `count` hospitals must agree before anything is revealed."""
+        return quorums.quorum(count, self.colluders(count))
+
+    def with_sites(self, sites: Sequence[Site]) -> Study:
+        """The same study with these sites, and the simulation's own list gone; checked anew."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**fields, "sites": tuple(sites)})
+
+    def terms(self) -> dict[str, Term]:
+        """What every site signs: all fields but `simulation`, as text, integers and tuples.
+
+        Floats are their shortest round-trip decimal (`repr`), true and false are text, and an
+        absent value is the text `none`, so that every language encodes the same bytes.
+        """
+        chosen = {name: _term(getattr(self, name)) for name in sorted(type(self).model_fields)}
+        del chosen["simulation"]
+        return chosen
+
+
+def _term(value: object) -> Term:
+    """One value of the signed terms."""
+    if isinstance(value, BaseModel):
+        return {name: _term(getattr(value, name)) for name in sorted(type(value).model_fields)}
+    if isinstance(value, tuple):
+        return tuple(_term(item) for item in value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    if value is None:
+        return "none"
+    if isinstance(value, str | int):
+        return value
+    raise TypeError(f"a study has no field of type {type(value).__name__}")
+
+
+def _repeats(values: Iterable[str]) -> list[int]:
+    """Positions of values that stand earlier too."""
+    seen: set[str] = set()
+    found = []
+    for index, value in enumerate(values):
+        if value in seen:
+            found.append(index)
+        seen.add(value)
+    return found
+
+
+def simulated_sites(count: int) -> tuple[str, ...]:
+    """The ids of hospitals that only a split makes: site-01, site-02 and so on."""
+    width = max(2, len(str(count)))
+    return tuple(f"site-{number:0{width}d}" for number in range(1, count + 1))

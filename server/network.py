@@ -1,0 +1,154 @@
+"""The in-process transport of a simulation: one queue, planned accidents, and a wire tap.
+
+Deterministic: messages are delivered one by one in the order sent; where nobody has anything
+to say, the clock skips to the coordinator's next deadline.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import ProtocolError
+from common.protocol.wire import Upload, unpack_from_site
+from common.world import SkippingClock
+from server.driver import CoordinatorDriver
+
+# A masked plane's bytes are uniform: chi-square over 256 bins has mean 255, deviation 22.6.
+# Twelve deviations never happen by chance; the high bytes of a bare update miss by thousands.
+_UNIFORM_LIMIT = 255 + 12 * 22.6
+_ENOUGH_BYTES = 256
+
+
+@dataclass
+class WireTap:
+    """What the coordinator saw: counts uploads whose bytes look masked, and those that do not."""
+
+    max_bytes: int
+    masked: int = 0
+    plain: int = 0
+    bytes_up: int = 0
+
+    def see(self, payload: bytes) -> None:
+        """Look at one message of a site, as the coordinator receives it."""
+        self.bytes_up += len(payload)
+        try:
+            kind, message = unpack_from_site(payload, self.max_bytes)
+        except ProtocolError:
+            return
+        if kind is not Upload:
+            return
+        if all(_uniform(plane) for plane in message.planes):
+            self.masked += 1
+        else:
+            self.plain += 1
+
+
+def _uniform(plane: memoryview) -> bool:
+    """Whether a plane's bytes could be uniform; short planes are judged by every eighth byte too.
+
+    A 64-bit word that is not masked has seven nearly constant bytes, so each of the eight
+    byte positions must vary.
+    """
+    data = np.frombuffer(plane, np.uint8)
+    if data.size < _ENOUGH_BYTES:
+        return bool(np.unique(data).size > data.size // 4)
+    counts = np.bincount(data, minlength=256)
+    expected = data.size / 256
+    return float(((counts - expected) ** 2 / expected).sum()) < _UNIFORM_LIMIT
+
+
+@dataclass
+class SiteHandle:
+    """A hospital's process in a simulation: may be killed and started again."""
+
+    start: Callable[[], None]
+    receive: Callable[[bytes], None]
+    kill: Callable[[], None]
+    up: bool = False
+
+
+class InProcessNetwork:
+    """Connects one coordinator with its hospitals inside one process."""
+
+    def __init__(self, clock: SkippingClock, tap: WireTap) -> None:
+        self._clock = clock
+        self._queue: deque[tuple[str, str, bytes]] = deque()
+        self._tap = tap
+        self.sites: dict[str, SiteHandle] = {}
+        self.driver: CoordinatorDriver | None = None
+        self.dropping: Mapping[int, frozenset[str]] = {}
+        self.crashing: Mapping[int, frozenset[str]] = {}
+        self._down: dict[str, int] = {}
+
+    def from_site(self, site: str) -> SitePort:
+        """The transport that a site sends through."""
+        return SitePort(self, site)
+
+    def send(self, recipient: str, payload: bytes) -> None:
+        """The coordinator's transport."""
+        self._queue.append(("coordinator", recipient, payload))
+
+    def post(self, site: str, payload: bytes) -> None:
+        """What a site's transport does."""
+        self._queue.append((site, "coordinator", payload))
+
+    def step(self) -> None:
+        """Deliver one message, or let the coordinator act on the time."""
+        driver = self._driver()
+        self._bring_back()
+        if not self._queue:
+            self._clock.skip_to(driver.machine.next_wakeup)
+            driver.tick()
+            return
+        sender, recipient, payload = self._queue.popleft()
+        if recipient == "coordinator":
+            self._tap.see(payload)
+            driver.receive(sender, payload)
+            return
+        site = self.sites[recipient]
+        if not self._lost(recipient, site) and site.up:
+            site.receive(payload)
+
+    def _driver(self) -> CoordinatorDriver:
+        if self.driver is None:
+            raise AssertionError("the network has a coordinator before it steps")
+        return self.driver
+
+    def _lost(self, name: str, site: SiteHandle) -> bool:
+        """Whether a planned accident swallows this delivery: always between Ready and upload."""
+        machine = self._driver().machine
+        if machine.phase in {"handshake", "ready", "idle", "new"}:
+            return False
+        current = machine.record.round
+        if name in self.crashing.get(current, ()) and name not in self._down:
+            site.kill()
+            site.up = False
+            self._down[name] = current
+        return name in self.dropping.get(current, ()) or name in self._down
+
+    def _bring_back(self) -> None:
+        """A crashed hospital starts again, from its journal, once its round is over."""
+        current = self._driver().machine.record.round
+        for name, crashed in list(self._down.items()):
+            if current > crashed or self._driver().machine.phase == "done":
+                del self._down[name]
+                self.sites[name].start()
+                self.sites[name].up = True
+
+
+@dataclass(frozen=True)
+class SitePort:
+    """One site's transport."""
+
+    network: InProcessNetwork
+    site: str
+
+    def send(self, recipient: str, payload: bytes) -> None:
+        """Queue a message for the coordinator."""
+        if recipient != "coordinator":
+            raise AssertionError("a site speaks to the coordinator only")
+        self.network.post(self.site, payload)

@@ -1,0 +1,620 @@
+"""What a run leaves behind beside the model: metrics, privacy statement, model card, plots.
+
+The per-site table exists only in a simulation, where one user owns all hospitals' data; a
+real coordinator never has those numbers, and asking for them here is a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import Code, StorageError
+from common.metrics import Intervals, Metrics
+from server.table import amount, duration, epsilon_range
+
+__all__ = [
+    "Evaluation",
+    "PrivacyFacts",
+    "RoundResult",
+    "RunResult",
+    "SiteResult",
+    "metrics_json",
+    "model_card",
+    "privacy_statement",
+    "site_table",
+    "write_report",
+]
+
+METRICS_FILE = "metrics.json"
+PRIVACY_FILE = "privacy.json"
+CARD_FILE = "MODEL_CARD.md"
+CURVE_FILE = "plots/learning_curve.png"
+SITES_FILE = "plots/sites.png"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """One round as it is reported.
+
+    Units:
+        epsilon: largest training epsilon that any site had reserved after the round.
+        code: why the round was aborted; None where it completed.
+    """
+
+    round: int
+    kind: str
+    cohort: int
+    survivors: int
+    dropouts: tuple[str, ...]
+    metrics: Metrics | None
+    epsilon: float | None
+    bytes_up: int
+    seconds: float
+    code: str | None = None
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> RoundResult:
+        """The round in what `asdict` gave. Raises ValueError where it is not one."""
+        try:
+            fields = dict(found)
+            measured = fields.pop("metrics")
+            metrics = None if measured is None else Metrics.from_json(measured)
+            fields["dropouts"] = tuple(fields["dropouts"])
+            return RoundResult(metrics=metrics, **fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError("not a round of a run") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Exact metrics of one model at one site; only a simulation may hold them."""
+
+    n: int
+    accuracy: float
+    macro_f1: float
+    intervals: Intervals
+
+
+@dataclass(frozen=True, slots=True)
+class SiteResult:
+    """One site: what its ledger says, and, in a simulation, how well it is served.
+
+    Units:
+        epsilon: spent by its training patients, of `cap`; None without privacy.
+    """
+
+    site: str
+    weight: float
+    epsilon: float | None
+    cap: float | None
+    rounds_reserved: int
+    rounds_released: int
+    patients: int | None = None
+    together: Evaluation | None = None
+    alone: Evaluation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyFacts:
+    """What the privacy statement is made of; the largest site's numbers.
+
+    Units:
+        answers: training epsilon by accountant, from the ledger of the site that spent most.
+        evaluation_answers: the same for its held-out patients.
+        evaluation_noise: Gaussian noise over the sensitivity sqrt(2) of one patient.
+    """
+
+    mode: str
+    epsilon: float | None
+    delta: float | None
+    sampling_rate: float
+    expected_batch: float
+    local_steps: int
+    clip_norm: float | None
+    noise_multiplier: float | None
+    answers: Mapping[str, float]
+    evaluation_epsilon: float | None
+    evaluation_noise: float | None
+    evaluation_releases: int
+    evaluation_answers: Mapping[str, float]
+    randomness: str
+
+    def __post_init__(self) -> None:
+        promised = (self.epsilon, self.delta, self.clip_norm, self.noise_multiplier)
+        measured = (self.evaluation_epsilon, self.evaluation_noise)
+        if self.mode != "none" and None in (*promised, *measured):
+            raise ValueError("a private run states epsilon, delta, C, and both noise multipliers")
+        if self.mode == "none" and set(promised) | set(measured) != {None}:
+            raise ValueError("a run without privacy states no privacy numbers")
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Everything that the report of a run says.
+
+    Units:
+        digests in hex. created: ISO 8601, UTC. software: version by package name.
+    """
+
+    study: str
+    study_digest: str
+    run: str
+    created: str
+    simulated: bool
+    labels: tuple[str, ...]
+    task: str
+    backbone: str
+    tuning: str
+    parameters: int
+    rounds_planned: int
+    rounds: tuple[RoundResult, ...]
+    sites: tuple[SiteResult, ...]
+    final: Metrics | None
+    privacy: PrivacyFacts
+    quorum: int
+    colluders: int
+    masked_updates: int
+    plain_updates: int
+    audit_verified: bool
+    model_digest: str
+    wall_seconds: float
+    peak_memory_bytes: int
+    test: Evaluation | None = None
+    central: Evaluation | None = None
+    software: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        revealing = [s.together or s.alone or s.patients for s in self.sites]
+        if not self.simulated and (any(revealing) or self.test or self.central):
+            raise ValueError("only a simulation may hold one site's metrics or counts")
+
+    @property
+    def completed(self) -> tuple[RoundResult, ...]:
+        """The rounds that ended with an aggregate."""
+        return tuple(r for r in self.rounds if r.code is None)
+
+    @property
+    def rounds_aborted(self) -> int:
+        """How many rounds ended without an aggregate."""
+        return len(self.rounds) - len(self.completed)
+
+
+def write_report(folder: Path, result: RunResult) -> tuple[Path, ...]:
+    """Write the report's files into `folder`, each atomically, and return their paths.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    from server import figures
+
+    pieces: dict[str, bytes] = {
+        METRICS_FILE: _json(metrics_json(result)),
+        PRIVACY_FILE: _json(privacy_statement(result)),
+        CARD_FILE: model_card(result).encode(),
+        CURVE_FILE: figures.learning_curve(result),
+    }
+    sites = figures.sites(result)
+    if sites is not None:
+        pieces[SITES_FILE] = sites
+    return tuple(_write(folder / name, data) for name, data in pieces.items())
+
+
+def metrics_json(result: RunResult) -> dict[str, Any]:
+    """The content of `metrics.json`, and the core of `--json`."""
+    return {
+        "study": result.study,
+        "run": result.run,
+        "simulation": result.simulated,
+        "rounds_completed": len(result.completed),
+        "rounds_aborted": result.rounds_aborted,
+        "final_metrics": _final_metrics(result),
+        "epsilon": {
+            site.site: {"spent": site.epsilon, "cap": site.cap, "delta": result.privacy.delta}
+            for site in result.sites
+        },
+        "coordinator_saw": {
+            "masked_updates": result.masked_updates,
+            "plain_updates": result.plain_updates,
+        },
+        "audit_verified": result.audit_verified,
+        "wall_seconds": result.wall_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "rounds": [_round_json(entry) for entry in result.rounds],
+    }
+
+
+def _final_metrics(result: RunResult) -> dict[str, Any]:
+    final = result.final
+    found: dict[str, Any] = {
+        "accuracy": None if final is None else final.accuracy,
+        "macro_f1": None if final is None else final.macro_f1,
+        "noised": result.privacy.evaluation_noise is not None,
+        "released": None if final is None else final.to_json(),
+    }
+    if result.simulated:
+        found["simulation_only"] = (
+            "The tables below are exact. They exist because one user owns all the data, and the "
+            "privacy statement does not cover them."
+        )
+        found["sites"] = {site.site: _site_json(site) for site in result.sites}
+        found["test"] = _evaluation_json(result.test)
+        found["central"] = _evaluation_json(result.central)
+    return found
+
+
+def _round_json(entry: RoundResult) -> dict[str, Any]:
+    metrics = entry.metrics
+    values = asdict(entry)
+    del values["metrics"]
+    return {
+        **values,
+        "accuracy": None if metrics is None else metrics.accuracy,
+        "macro_f1": None if metrics is None else metrics.macro_f1,
+        "loss": None if metrics is None else metrics.loss,
+    }
+
+
+def _site_json(site: SiteResult) -> dict[str, Any]:
+    return {
+        "patients": site.patients,
+        "together": _evaluation_json(site.together),
+        "alone": _evaluation_json(site.alone),
+    }
+
+
+def _evaluation_json(found: Evaluation | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "n": found.n,
+        "accuracy": found.accuracy,
+        "macro_f1": found.macro_f1,
+        "interval_95": found.intervals.to_json(),
+    }
+
+
+# ------------------------------------------------------------------------------- privacy
+
+
+_PROTECTED_LOCAL = [
+    {
+        "what": "whether a patient's records took part in training, and what they say",
+        "against": "everyone who sees the model or any message: the coordinator, other "
+        "hospitals, outsiders, all of them together",
+        "by": "DP-SGD inside the hospital before anything is masked; needs nobody's honesty "
+        "but the hospital's own",
+    },
+    {
+        "what": "whether a held-out patient was measured, and with what result",
+        "against": "the same",
+        "by": "Gaussian noise on the metric words inside the hospital before they are masked",
+    },
+]
+_PROTECTED_MASKS = {
+    "what": "one hospital's update and metrics",
+    "by": "secure aggregation: only the sum over the survivors is ever readable",
+}
+_NOT_PROTECTED = [
+    "which hospitals took part, and when",
+    "that a hospital lies about its own data: masks hide its update too",
+    "root on a hospital's own machine while it trains",
+    "a patient who is a patient of several of the hospitals: their epsilons add up",
+]
+
+
+def privacy_statement(result: RunResult) -> dict[str, Any]:
+    """The content of `privacy.json`: what is promised to whom, and on what grounds.
+
+    Source: NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees": unit,
+    neighbouring relation, epsilon and delta, trust model, mechanism, randomness, composition.
+    """
+    facts = result.privacy
+    masks = {
+        **_PROTECTED_MASKS,
+        "against": f"the coordinator, even an active one, with up to {result.colluders} of the "
+        f"other hospitals; {result.quorum} of {len(result.sites)} hospitals must agree before "
+        "a sum is revealed",
+    }
+    statement: dict[str, Any] = {
+        "format": "wardround-privacy/1",
+        "study": result.study,
+        "study_digest": result.study_digest,
+        "run": result.run,
+        "simulation": result.simulated,
+        "mode": facts.mode,
+        "protected": [masks] if facts.mode == "none" else [*_PROTECTED_LOCAL, masks],
+        "not_protected": list(_NOT_PROTECTED),
+    }
+    if facts.mode == "none":
+        statement["guarantee"] = (
+            "None for patients: updates are masked, but the sums and the model are not private."
+        )
+        return statement
+    return {**statement, **_guarantee(result)}
+
+
+def _guarantee(result: RunResult) -> dict[str, Any]:
+    facts = result.privacy
+    spent = [site.epsilon for site in result.sites if site.epsilon is not None]
+    reserved = max((site.rounds_reserved for site in result.sites), default=0)
+    return {
+        "unit": "patient",
+        "relation": "add-or-remove-one patient, at one hospital",
+        "epsilon_target": facts.epsilon,
+        "epsilon_spent": max(spent, default=None),
+        "delta": facts.delta,
+        "mechanism": {
+            "name": "DP-SGD, Poisson sampling of patients, one clipped gradient per patient",
+            "sampling_rate": facts.sampling_rate,
+            "expected_batch": facts.expected_batch,
+            "noise_multiplier": facts.noise_multiplier,
+            "clip_norm": facts.clip_norm,
+            "steps_per_round": facts.local_steps,
+            "rounds_reserved": reserved,
+            "steps_reserved": reserved * facts.local_steps,
+            "rounds_released": max((s.rounds_released for s in result.sites), default=0),
+        },
+        "evaluation": {
+            "name": "Gaussian mechanism on confusion matrix and bounded loss, sensitivity sqrt(2)",
+            "noise_multiplier": facts.evaluation_noise,
+            "releases": facts.evaluation_releases,
+            "epsilon_target": facts.evaluation_epsilon,
+            "accountants": _finite(facts.evaluation_answers),
+        },
+        "accountants": _finite(facts.answers),
+        "composition": (
+            "Sequential over rounds, by the ledger of each hospital, over every reserved round, "
+            "also those that were aborted. Parallel between training and held-out patients: a "
+            "patient is one or the other, chosen by a fixed keyed hash, so a patient's epsilon is "
+            "the larger of the two. Parallel between hospitals for a patient of one hospital."
+        ),
+        "randomness": facts.randomness,
+        "sites": {
+            site.site: {
+                "epsilon": site.epsilon,
+                "cap": site.cap,
+                "rounds_reserved": site.rounds_reserved,
+                "rounds_released": site.rounds_released,
+            }
+            for site in result.sites
+        },
+    }
+
+
+def _finite(answers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in answers.items()}
+
+
+# ---------------------------------------------------------------------------- model card
+
+
+def model_card(result: RunResult) -> str:
+    """The content of `MODEL_CARD.md`: short, for the person who is handed the model."""
+    sections = [_card_head(result), _card_training(result), _card_privacy(result)]
+    sections.append(_card_quality(result))
+    if result.simulated:
+        sections.append(site_table(result))
+    sections.append(_card_limits(result))
+    return "\n\n".join(sections) + "\n"
+
+
+def _card_head(result: RunResult) -> str:
+    origin = (
+        "**Simulation**: one machine played all hospitals."
+        if result.simulated
+        else f"Trained across {len(result.sites)} hospitals; no record left a hospital."
+    )
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-classification",
+            "tags: [federated-learning, differential-privacy, secure-aggregation]",
+            "---",
+            "",
+            f"# {result.study}",
+            "",
+            origin,
+            "",
+            f"- Task: {result.task}, {len(result.labels)} labels: {_escaped(result.labels)}",
+            (
+                f"- Backbone: `{result.backbone}`, tuning `{result.tuning}`, "
+                f"{result.parameters:,} trained parameters"
+            ),
+            f"- Created: {result.created}",
+            f"- Model digest: `{result.model_digest}`",
+            f"- Study digest: `{result.study_digest}`",
+        ]
+    )
+
+
+def _card_training(result: RunResult) -> str:
+    up = sum(entry.bytes_up for entry in result.rounds)
+    lost = sum(len(entry.dropouts) for entry in result.rounds)
+    lines = [
+        "## Training",
+        "",
+        (
+            f"- Rounds: {len(result.completed)} of {result.rounds_planned} completed, "
+            f"{result.rounds_aborted} aborted; {lost} dropouts in all"
+        ),
+        (
+            f"- Quorum: {result.quorum} of {len(result.sites)} hospitals, "
+            f"against {result.colluders} colluding ones"
+        ),
+        (
+            f"- The coordinator saw {result.masked_updates} masked updates and "
+            f"{result.plain_updates} readable ones"
+        ),
+        f"- Audit logs verified: {'yes' if result.audit_verified else 'NO'}",
+        (
+            f"- Cost: {duration(result.wall_seconds)}, {amount(up)} up, "
+            f"{amount(result.peak_memory_bytes)} peak memory"
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _card_privacy(result: RunResult) -> str:
+    facts = result.privacy
+    lines = ["## Privacy", ""]
+    if facts.mode == "none":
+        lines.append(
+            "**No differential privacy.** Updates were masked, but the model itself may reveal "
+            "training records. Do not publish it."
+        )
+        return "\n".join(lines)
+    pairs = {
+        site.site: (site.epsilon, site.cap)
+        for site in result.sites
+        if site.epsilon is not None and site.cap is not None
+    }
+    answers = ", ".join(f"{name} {value:.3f}" for name, value in facts.answers.items())
+    lines += [
+        (
+            f"- Promise: (ε, δ) = ({facts.epsilon:g}, {facts.delta:g}) for every **patient** of a "
+            "hospital, adding or removing all of the patient's records"
+        ),
+        f"- Spent: ε {epsilon_range(pairs)} by hospital ({answers})",
+        (
+            f"- How: DP-SGD in each hospital, q = {facts.sampling_rate:g}, "
+            f"B = {facts.expected_batch:g}, noise multiplier {facts.noise_multiplier:g}, "
+            f"C = {facts.clip_norm:g}, {facts.local_steps} steps a round"
+        ),
+        f"- Randomness: {facts.randomness}",
+        (
+            "- Held-out patients are protected too: every released metric is noised "
+            f"(ε ≤ {facts.evaluation_epsilon:g} over {facts.evaluation_releases} releases)"
+        ),
+        "",
+        "The whole statement is `privacy.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _card_quality(result: RunResult) -> str:
+    lines = ["## Quality", ""]
+    final = result.final
+    if final is None or final.accuracy is None or final.macro_f1 is None:
+        return "\n".join([*lines, "The model was not measured."])
+    noised = result.privacy.evaluation_noise is not None
+    origin = "released, with privacy noise" if noised else "exact masked sums"
+    lines += [
+        (
+            f"Over the held-out patients of all hospitals ({origin}): "
+            f"accuracy {final.accuracy:.3f}, macro F1 {final.macro_f1:.3f}."
+        ),
+        "",
+        "| label | precision | recall | F1 | patients |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {_escaped((row.label,))} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} "
+        f"| {row.support:.0f} |"
+        for row in final.classes
+    ]
+    for name, found in (("Test files", result.test), ("Trained centrally", result.central)):
+        if found is not None:
+            lines += ["", f"{name}: {_sentence(found)}."]
+    return "\n".join(lines)
+
+
+def site_table(result: RunResult) -> str:
+    """The per-site table in Markdown: exact, so only for a simulation.
+
+    Raises:
+        ValueError: the run was no simulation.
+    """
+    if not result.simulated:
+        raise ValueError("a per-site table exists only in a simulation")
+    lines = [
+        "## By hospital (simulation only)",
+        "",
+        (
+            "Exact numbers with 95 % bootstrap intervals. They exist because one user owns all the "
+            "data here; a real run never shows them, and no promise above covers them."
+        ),
+        "",
+        "| hospital | patients | held out | alone | together | ε spent |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for site in result.sites:
+        found = site.together or site.alone
+        epsilon = "-" if site.epsilon is None else f"{site.epsilon:.2f} of {site.cap:g}"
+        count = _or_dash(None if found is None else found.n)
+        lines.append(
+            f"| {site.site} | {_or_dash(site.patients)} | {count} "
+            f"| {_cell(site.alone)} | {_cell(site.together)} | {epsilon} |"
+        )
+    both = [(s.alone, s.together) for s in result.sites if s.alone and s.together]
+    if both:
+        alone = math.fsum(pair[0].accuracy for pair in both) / len(both)
+        together = math.fsum(pair[1].accuracy for pair in both) / len(both)
+        lines.append(f"| **mean** | | | **{alone:.3f}** | **{together:.3f}** | |")
+    return "\n".join(lines)
+
+
+def _card_limits(result: RunResult) -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- Not a medical device. Check it on your own patients before any use.",
+        "- Hospitals whose patients differ from these may be served worse.",
+        "- Secure aggregation hides a malicious hospital's update too.",
+    ]
+    if result.software:
+        versions = ", ".join(f"{name} {version}" for name, version in result.software.items())
+        lines += ["", f"Made with {versions}."]
+    return "\n".join(lines)
+
+
+def _sentence(found: Evaluation) -> str:
+    low, high = found.intervals.accuracy
+    return (
+        f"accuracy {found.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"macro F1 {found.macro_f1:.3f}, n = {found.n}"
+    )
+
+
+def _cell(found: Evaluation | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found.intervals.accuracy
+    return f"{found.accuracy:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _escaped(labels: tuple[str, ...]) -> str:
+    return ", ".join(label.replace("|", "\\|") for label in labels)
+
+
+# --------------------------------------------------------------------------------- files
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> Path:
+    """Replace `path` at once: a crash leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(Code.REPORT_WRITE, f"{path.name} cannot be written.") from error
+    return path

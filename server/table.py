@@ -1,0 +1,357 @@
+"""The one table a person watches while a run goes on; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+__all__ = [
+    "LiveTable",
+    "PlainLines",
+    "RoundSummary",
+    "RunView",
+    "Silent",
+    "amount",
+    "duration",
+    "epsilon_range",
+    "time_left",
+]
+
+_SHOWN_ROUNDS = 14
+_RECENT = 5
+_NAMES_SHOWN = 3
+_SHORT_NAME = 12
+_NOTES_SHOWN = 3
+_WIDE = 96
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """One completed round, for people.
+
+    Units:
+        loss, accuracy: of the new model, noised where the study is private; None in a round
+        without evaluation. epsilon: (spent, cap) by site, empty without privacy. bytes_up: of
+        all sites together. waiting_for: sites that the round did not wait for any longer.
+    """
+
+    round: int
+    kind: str
+    cohort: tuple[str, ...]
+    survivors: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    quorum: int
+    loss: float | None
+    accuracy: float | None
+    epsilon: Mapping[str, tuple[float, float]]
+    bytes_up: int
+    seconds: float
+    waiting_for: tuple[str, ...] = field(default=())
+
+
+class RunView(Protocol):
+    """Where a run shows itself."""
+
+    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
+        """A round begins."""
+        ...
+
+    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
+        """`done` of `total` sites have finished the phase `name` of the current round."""
+        ...
+
+    def round_completed(self, summary: RoundSummary) -> None:
+        """A round ended with an aggregate."""
+        ...
+
+    def round_aborted(
+        self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
+    ) -> None:
+        """A round ended without an aggregate; `reason` is one line, for people."""
+        ...
+
+    def finish(self, verdict: str) -> None:
+        """The run is over; `verdict` is its last line."""
+        ...
+
+
+class Silent:
+    """Shows nothing: for tests, `--json` and embedding."""
+
+    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
+        """A round begins."""
+
+    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
+        """A phase advances."""
+
+    def round_completed(self, summary: RoundSummary) -> None:
+        """A round ended with an aggregate."""
+
+    def round_aborted(
+        self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
+    ) -> None:
+        """A round ended without an aggregate."""
+
+    def finish(self, verdict: str) -> None:
+        """The run is over."""
+
+
+class PlainLines:
+    """One line for each round, for logs and pipes.
+
+    Args:
+        stream: where the lines go.
+        rounds: how many rounds the run is to have, for the time left.
+    """
+
+    def __init__(self, stream: TextIO, *, rounds: int) -> None:
+        self._stream = stream
+        self._rounds = rounds
+        self._seconds: list[float] = []
+
+    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
+        """Nothing: a round's line comes at its end."""
+
+    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
+        """Nothing: a round's line comes at its end."""
+
+    def round_completed(self, summary: RoundSummary) -> None:
+        """The round's line."""
+        self._seconds.append(summary.seconds)
+        parts = [
+            f"round {_number(summary.round, summary.kind)}/{self._rounds}",
+            f"cohort {len(summary.cohort)}",
+            f"survivors {len(summary.survivors)}{_lost(summary.dropouts)}",
+            f"quorum {summary.quorum}",
+        ]
+        if summary.loss is not None:
+            parts.append(f"loss {summary.loss:.3f}")
+        if summary.accuracy is not None:
+            parts.append(f"accuracy {summary.accuracy:.3f}")
+        if summary.epsilon:
+            parts.append(f"epsilon {epsilon_range(summary.epsilon)}")
+        parts.append(f"up {amount(summary.bytes_up)}")
+        left = time_left(self._seconds, self._rounds - summary.round)
+        parts.append(f"{duration(summary.seconds)}, left {left}")
+        self._line("  ".join(parts))
+
+    def round_aborted(
+        self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
+    ) -> None:
+        """The round's line, with what it waited for."""
+        waited = f"; waited for {_names(waiting_for)}" if waiting_for else ""
+        self._line(f"round {_number(number, kind)}/{self._rounds}  aborted: {reason}{waited}")
+
+    def finish(self, verdict: str) -> None:
+        """The verdict."""
+        self._line(verdict)
+
+    def _line(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    number: int
+    kind: str
+    cohort: int
+    quorum: int
+    name: str = "starting"
+    done: int = 0
+    total: int = 0
+    waiting_for: tuple[str, ...] = ()
+
+
+class LiveTable:
+    """The live table (rich). It redraws when something happened; no thread, no clock.
+
+    Args:
+        console: the terminal, as a rich console.
+        title: what runs.
+        rounds: how many rounds the run is to have.
+    """
+
+    def __init__(self, console: Console, *, title: str, rounds: int) -> None:
+        from rich.live import Live
+
+        self._title = title
+        self._rounds = rounds
+        self._rows: list[tuple[str, ...]] = []
+        self._notes: list[str] = []
+        self._seconds: list[float] = []
+        self._phase: _Phase | None = None
+        self._console = console
+        self._live: Live = Live(console=console, auto_refresh=False, transient=False)
+        self._started = False
+
+    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
+        """Show the round as running."""
+        self._phase = _Phase(number, kind, len(cohort), quorum)
+        self._draw()
+
+    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
+        """Show how far the running round is."""
+        now = self._phase
+        if now is not None:
+            self._phase = _Phase(
+                now.number, now.kind, now.cohort, now.quorum, name, done, total, tuple(waiting_for)
+            )
+            self._draw()
+
+    def round_completed(self, summary: RoundSummary) -> None:
+        """Add the round's row."""
+        self._seconds.append(summary.seconds)
+        self._phase = None
+        self._rows.append(
+            (
+                _number(summary.round, summary.kind),
+                str(len(summary.cohort)),
+                f"{len(summary.survivors)}{_short_lost(summary.dropouts)}",
+                str(summary.quorum),
+                "" if summary.loss is None else f"{summary.loss:.3f}",
+                "" if summary.accuracy is None else f"{summary.accuracy:.3f}",
+                epsilon_range(summary.epsilon),
+                amount(summary.bytes_up),
+                time_left(self._seconds, self._rounds - summary.round),
+            )
+        )
+        self._draw()
+
+    def round_aborted(
+        self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
+    ) -> None:
+        """Add an empty row, and a note under the table that says why."""
+        self._phase = None
+        waited = f"; waited for {_names(waiting_for)}" if waiting_for else ""
+        self._rows.append((_number(number, kind), "", "aborted"))
+        self._notes.append(f"round {_number(number, kind)} aborted: {reason}{waited}")
+        self._draw()
+
+    def finish(self, verdict: str) -> None:
+        """Leave the table on the screen and write the verdict under it."""
+        self._phase = None
+        if self._started:
+            self._draw()
+            self._live.stop()
+        self._console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Give the terminal back, after an error too."""
+        if self._started:
+            self._live.stop()
+
+    def _draw(self) -> None:
+        if not self._started:
+            self._live.start()
+            self._started = True
+        self._live.update(self._render(), refresh=True)
+
+    def _render(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=Text(self._title),
+            title_justify="left",
+            padding=(0, 1 if self._console.width >= _WIDE else 0, 0, 0),
+            pad_edge=False,
+        )
+        for name in ("round", "cohort", "survivors", "quorum", "loss", "accuracy"):
+            side: Literal["left", "right"] = "left" if name == "survivors" else "right"
+            table.add_column(name, justify=side, no_wrap=True)
+        for name in ("ε of cap", "bytes up", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        hidden = max(0, len(self._rows) - _SHOWN_ROUNDS)
+        if hidden:
+            table.add_row("", "", Text(f"{hidden} earlier", style="dim"))
+        for row in self._rows[hidden:]:
+            style = "yellow" if row[2] == "aborted" else ""
+            table.add_row(*(Text(cell, style=style) for cell in row))
+        notes = [Text(note, style="yellow") for note in self._notes[-_NOTES_SHOWN:]]
+        return Group(table, *notes, Text(self._status(), style="dim"))
+
+    def _status(self) -> str:
+        now = self._phase
+        if now is None:
+            return ""
+        text = f"round {_number(now.number, now.kind)} of {self._rounds}: {now.name}"
+        if now.total:
+            text += f" {now.done} of {now.total}"
+        if now.waiting_for:
+            text += f", waiting for {_names(now.waiting_for)}"
+        return text
+
+
+# ------------------------------------------------------------------------- small phrases
+
+
+def epsilon_range(epsilon: Mapping[str, tuple[float, float]]) -> str:
+    """Spent of cap: one pair where all sites agree, else least and most; empty without privacy."""
+    if not epsilon:
+        return ""
+    spent = [pair[0] for pair in epsilon.values()]
+    caps = {f"{pair[1]:g}" for pair in epsilon.values()}
+    low, high = f"{min(spent):.2f}", f"{max(spent):.2f}"
+    cap = caps.pop() if len(caps) == 1 else f"{min(p[1] for p in epsilon.values()):g}+"
+    return f"{high} of {cap}" if low == high else f"{low}-{high} of {cap}"
+
+
+def time_left(seconds: Sequence[float], rounds: int) -> str:
+    """How long the remaining rounds will take, by the median of the last five."""
+    if rounds <= 0:
+        return "done"
+    if not seconds:
+        return "?"
+    recent = sorted(seconds[-_RECENT:])
+    return duration(recent[len(recent) // 2] * rounds)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0.8 s`, `42 s`, `3 min` or `2.5 h`."""
+    if seconds < 10:  # noqa: PLR2004
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:  # noqa: PLR2004
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
+
+
+def amount(count: float) -> str:
+    """Bytes as `512 B`, `5.8 kB`, `116 MB`: decimal units."""
+    if count < 1000:  # noqa: PLR2004
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.5 or unit == "GB":  # noqa: PLR2004
+            break
+    return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"  # noqa: PLR2004
+
+
+def _number(number: int, kind: str) -> str:
+    return str(number) if kind == "train" else f"{number} {kind}"
+
+
+def _lost(dropouts: Sequence[str]) -> str:
+    return f" (lost {_names(dropouts)})" if dropouts else ""
+
+
+def _short_lost(dropouts: Sequence[str]) -> str:
+    """The dropouts in a narrow column: one by name, more by number."""
+    if len(dropouts) == 1 and len(dropouts[0]) <= _SHORT_NAME:
+        return f" -{dropouts[0]}"
+    return f" -{len(dropouts)}" if dropouts else ""
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
