@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 from client.privacy.ledger import Charge, Ledger
 from common.accountant import DpEvent
 from common.errors import Code, StorageError
-from common.world import WallClock
+from common.world import WallClock, write_durably
 
 _LEDGER_FILE = "ledger.sqlite"
+_CACHE_FILE = "ledger.forecast.json"
 _FORECAST_LIMIT = 1000
 
 
@@ -85,22 +88,48 @@ def _ledgers(folder: Path) -> Iterator[Path]:
 
 
 def _line(path: Path) -> LedgerLine:
+    """A ledger's line: the one kept from last time, where not a row has come since."""
     ledger = Ledger.open_existing(path, clock=WallClock())
     try:
-        spent = ledger.spent()
-        rows = [row.body for row in ledger.history() if row.kind == "charge"]
-        rounds = {(row["study"], row["round"], row["attempt"]) for row in rows}
-        last = [row for row in rows if row["round"] == rows[-1]["round"]] if rows else []
-        training = [row for row in last if row["part"] == "train"] or last
-        forecast = None
-        if training:
-            charges = [
-                Charge(row["work"], row["part"], tuple(DpEvent(*e) for e in row["events"]))
-                for row in training
-            ]
-            forecast = ledger.rounds_left(charges, rows[-1]["split"], limit=_FORECAST_LIMIT)
+        head = ledger.head.hex()
+        kept = _kept(path, head)
+        if kept is not None:
+            return kept
+        line = _computed(path, ledger)
     finally:
         ledger.close()
+    _keep(path, head, line)
+    return line
+
+
+def _kept(path: Path, head: str) -> LedgerLine | None:
+    """What was computed for exactly this chain of rows. Shown only: no decision rests on it."""
+    try:
+        found = json.loads(path.with_name(_CACHE_FILE).read_text(encoding="utf-8"))
+        return LedgerLine(**found["line"]) if found["head"] == head else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(path: Path, head: str, line: LedgerLine) -> None:
+    text = json.dumps({"head": head, "line": asdict(line)})
+    with contextlib.suppress(StorageError):  # a folder that may only be read is computed anew
+        write_durably(path.with_name(_CACHE_FILE), [text.encode()])
+
+
+def _computed(path: Path, ledger: Ledger) -> LedgerLine:
+    spent = ledger.spent()
+    rows = [row.body for row in ledger.history() if row.kind == "charge"]
+    rounds = {(row["study"], row["round"], row["attempt"]) for row in rows}
+    last = [row for row in rows if row["round"] == rows[-1]["round"]] if rows else []
+    training = [row for row in last if row["part"] == "train"] or last
+    forecast = None
+    if training:
+        charges = [
+            Charge(row["work"], row["part"], tuple(DpEvent(*e) for e in row["events"]))
+            for row in training
+        ]
+        forecast = ledger.rounds_left(charges, rows[-1]["split"], limit=_FORECAST_LIMIT)
     return LedgerLine(
         path.parent.name,
         spent.epsilon,

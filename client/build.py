@@ -18,8 +18,9 @@ __all__ = ["BuiltModel", "build_model"]
 class BuiltModel:
     """The trainable part of a study's network, at its first values.
 
-    Guarantee: the same study and backbone files give the same bytes on every machine; no random
-    number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON.
+    Guarantee: the same study and backbone files give the same bytes on every machine; no secret
+    random number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON,
+    or, for numbers, the description of the network; its digest then stands for the backbone's.
     """
 
     initial: dict[str, NDArray[np.float32]]
@@ -33,11 +34,16 @@ class BuiltModel:
 
 
 def build_model(study: Study) -> BuiltModel:
-    """Resolve a study's backbone and tuning into tensors.
+    """Resolve a study's backbone and tuning, or its perceptron, into tensors.
 
     Raises:
         DataError: the backbone cannot be used, or does not fit the study.
     """
+    if study.model is None:
+        from client.tasks.tabular import architecture, initial_tensors
+
+        known, description = architecture(study.tabular)
+        return BuiltModel(initial_tensors(study.tabular), known, description)
     import torch
 
     from client.tasks.backbone import load_backbone

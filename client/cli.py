@@ -48,9 +48,11 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a model folder")
-    parser.add_argument("file", type=Path, help="CSV, NDJSON or Parquet with a text column")
+    parser.add_argument(
+        "file", type=Path, help="CSV, NDJSON or Parquet with the notes or the features"
+    )
     parser.add_argument("--out", type=Path, default=None, help="where predictions go")
-    parser.add_argument("--text", default="text", help="name of the text column")
+    parser.add_argument("--text", default="text", help="name of the notes' column")
     parser.add_argument("--patient", default=None, help="a column to carry over")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

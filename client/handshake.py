@@ -58,6 +58,11 @@ class Handshake:
         self._ciphertexts: dict[str, bytes] = {}
         self._statement: Signed | None = None
 
+    @property
+    def confirmed_epoch(self) -> int:
+        """The epoch, once every member has signed it; 0 before that."""
+        return self.epoch if self.transcript else 0
+
     @staticmethod
     def open(
         terms: Terms, site: str, key: SiteKey, entropy: Entropy, message: HandshakeOpen
@@ -173,12 +178,14 @@ class Handshake:
             public = self._terms.roster.get(v)
             if public is None or not verify(public, signed.signature, Confirm.LABEL, signed.body):
                 raise ProtocolError(Code.HANDSHAKE_SIGNATURE, f"The confirmation of {v} is forged.")
+            if v not in self.members:
+                raise ProtocolError(Code.HANDSHAKE_MEMBERS, f"{v} is no member of this epoch.")
             if confirm.transcript != self.transcript:
                 raise ProtocolError(Code.HANDSHAKE_TRANSCRIPT, f"{v} is in another handshake.")
             seen.add(v)
             if v != self._site and loser is None:
                 expected = confirm_tag(self.keys[v], self.transcript, v, self._site)
-                if v not in self.keys or confirm.tags.get(self._site) != expected:
+                if confirm.tags.get(self._site) != expected:
                     loser = v
         if seen != set(self.members):
             raise ProtocolError(Code.HANDSHAKE_MEMBERS, "Confirmations are missing.")

@@ -1,8 +1,9 @@
-"""Reads notes from a file and writes the most likely label and every label's probability."""
+"""Reads notes or numbers from a file and writes the likeliest label and all probabilities."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import tempfile
@@ -14,8 +15,13 @@ from typing import IO, Any, Final
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from common.errors import Code, DataError, StorageError
+from common.statistics import normalised, scaled
+from common.tensors import load_tensors
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["TABULAR_FILE", "WEIGHTS_FILE", "Prediction", "predict"]
+
+TABULAR_FILE: Final = "tabular.json"
+WEIGHTS_FILE: Final = "model.safetensors"
 
 _BATCH: Final = 64
 
@@ -39,13 +45,13 @@ def predict(
     patient: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Classify every note of `file` and write `out` (.csv or .ndjson); returns how many.
+    """Classify every record of `file` and write `out` (.csv or .ndjson); returns how many.
 
     Args:
         model_folder: a folder that training wrote (any folder with a sequence classifier works).
-        file: CSV, Parquet or NDJSON with a text column.
+        file: CSV, Parquet or NDJSON with a text column, or with a tabular model's features.
         out: must not exist; appears whole or not at all.
-        text: the column with the notes.
+        text: the column with the notes; a tabular model names its own columns.
         patient: a column to carry over into the output, or None.
         device: auto, cpu or cuda[:N].
 
@@ -58,8 +64,15 @@ def predict(
         raise DataError(Code.DATA_FORMAT, message, remedy="Name an output that ends in .csv.")
     if out.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
-    records = read_table(file, TableColumns(text=text, patient=patient), labels=None)
-    classify = _Classifier(model_folder, device)
+    columns = TableColumns(text=text, patient=patient)
+    classify: _Classifier | _TabularClassifier
+    if (model_folder / TABULAR_FILE).is_file():
+        classify = _TabularClassifier(model_folder)
+        columns = TableColumns(None, patient, numbers=classify.columns)
+        records = read_table(file, columns, labels=None)
+    else:
+        records = read_table(file, columns, labels=None)
+        classify = _Classifier(model_folder, device)
     answers = classify(records, keep_patient=patient is not None)
     _write(out, answers, classify.labels)
     return len(records)
@@ -123,6 +136,61 @@ class _Classifier:
         powers = np.exp(mean - mean.max(axis=1, keepdims=True))
         rows: list[list[float]] = (powers / powers.sum(axis=1, keepdims=True)).tolist()
         return rows
+
+
+class _TabularClassifier:
+    """A saved model of numbers, and its normalisation."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+
+        weights = load_tensors(folder / WEIGHTS_FILE)
+        try:
+            facts: Any = json.loads((folder / TABULAR_FILE).read_text(encoding="utf-8"))
+            features = facts["features"]
+            self.columns = tuple(str(feature["name"]) for feature in features)
+            self.labels = tuple(str(label) for label in facts["labels"])
+            self._low, self._high, self._mean, self._deviation = (
+                np.array([feature[key] for feature in features], np.float64)
+                for key in ("low", "high", "mean", "deviation")
+            )
+            layers = [*(f"hidden{n}" for n in range(1, len(facts["hidden"]) + 1)), "output"]
+            self._layers = [(weights[f"{n}.weight"].T, weights[f"{n}.bias"]) for n in layers]
+            widths = [len(features), *facts["hidden"], len(self.labels)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unfit(folder, type(error).__name__) from None
+        shapes = [matrix.shape for matrix, _ in self._layers]
+        if shapes != list(itertools.pairwise(widths)) or not all(self._high > self._low):
+            raise _unfit(folder, "shapes or bounds")
+
+    def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
+        for first in range(0, len(records), _BATCH):
+            chunk = records[first : first + _BATCH]
+            for record, row in zip(chunk, self._probabilities(chunk), strict=True):
+                best = max(range(len(row)), key=row.__getitem__)
+                yield Prediction(
+                    line=record.line,
+                    patient=record.patient if keep_patient else None,
+                    label=self.labels[best],
+                    probabilities=dict(zip(self.labels, row, strict=True)),
+                )
+
+    def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
+        import numpy as np
+
+        part = scaled(np.array([record.values for record in records]), self._low, self._high)
+        values: Any = normalised(
+            part, self._mean.astype(np.float32), self._deviation.astype(np.float32)
+        )
+        for number, (matrix, bias) in enumerate(self._layers):
+            values = (np.maximum(values, 0) if number else values) @ matrix + bias
+        powers = np.exp(values.astype(np.float64) - values.max(axis=1, keepdims=True))
+        rows: list[list[float]] = (powers / powers.sum(axis=1, keepdims=True)).tolist()
+        return rows
+
+
+def _unfit(folder: Path, reason: str) -> DataError:
+    return DataError(Code.MODEL_STATE, f"{folder}: not a whole model of numbers ({reason}).")
 
 
 def _write(out: Path, answers: Iterable[Prediction], labels: Sequence[str]) -> None:

@@ -39,15 +39,15 @@ from common.protocol.codec import (
     sequence,
     text,
 )
-from common.protocol.terms import METRIC_LANE, UPDATE_LANE, Terms
+from common.protocol.terms import METRIC_LANE, STATISTIC_LANE, UPDATE_LANE, Terms
 from common.protocol.transcript import (
     Chain,
     advance,
+    certified_survivors,
     commit,
     count_signers,
     head_digest,
     header_hash,
-    link_hashes,
     link_survivors,
     load_state,
     participants_hash,
@@ -100,6 +100,7 @@ from common.tensors import state_digest
 UPLOAD_BLOB = "upload"
 # Two attempts on one model without a burn certificate, and only with DP noise (PROTOCOL.md).
 UNCERTIFIED_ATTEMPTS = 2
+_NO_RUN = bytes(32)
 _OPEN_SHARES = 2 * SHARE_BYTES + 2 * SALT_BYTES
 
 
@@ -144,13 +145,14 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Check approval, reserve the budget, train and measure; then call `worked`."""
+    """Check approval, reserve the budget, count, train and measure; then call `worked`."""
 
     round: int
     turn: int
     state: Tensors
     trains: bool
     measures: bool
+    counts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,7 @@ class SiteRecord:
     burns: int
     witnessed: dict[str, Witness]
     ended: str
+    confirmed: int
 
     FIELDS: ClassVar[Table] = (
         ("study", DIGEST),
@@ -239,6 +242,7 @@ class SiteRecord:
         ("burns", ROUND),
         ("witnessed", mapping(record(Witness))),
         ("ended", text(16)),
+        ("confirmed", ROUND),
     )
 
     @staticmethod
@@ -270,6 +274,7 @@ class SiteRecord:
             0,
             {},
             "",
+            0,
         )
 
     def dump(self) -> bytes:
@@ -294,16 +299,17 @@ class _Secrets:
     head: Signed
     ready: bytes
     update: NDArray[np.float32] | None
-    metrics: NDArray[np.int64] | None
+    words: Mapping[int, NDArray[np.int64] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Worked:
-    """What training and measuring gave: the update (d,), the metric words (m,), the ledger."""
+    """What the work gave: update (d,), metric words (m,), the ledger, statistic words (s,)."""
 
     update: NDArray[np.float32] | None
     metrics: NDArray[np.int64] | None
     ledger: Witness = field(default_factory=lambda: Witness(0, bytes(32)))
+    statistics: NDArray[np.int64] | None = None
 
 
 class SiteRound:
@@ -347,6 +353,7 @@ class SiteRound:
         self._handshake: Handshake | None = None
         self._secrets: _Secrets | None = None
         self._pending: tuple[Header, bytes] | None = None
+        self._about = 0  # the round that the last message named, 0 where it names none
 
     # ------------------------------------------------------------ entry points
 
@@ -358,17 +365,19 @@ class SiteRound:
 
     def handle(self, payload: bytes) -> list[Effect]:
         """React to a coordinator's message. Raises ProtocolError, having changed nothing."""
+        self._about = 0
         message = unpack_from_coordinator(payload, self._terms.upload_bytes())
+        self._about = getattr(message, "round", 0)
         if self.record.ended:
             raise ProtocolError(Code.RUN_ENDED, f"This site ended the run ({self.record.ended}).")
         handler = self._HANDLERS[type(message)]
         return handler(self, message)
 
     def refusal(self, code: Code, culprit: str | None) -> list[Effect]:
-        """Tell the coordinator, by code alone, that something was refused."""
-        seen = self.record
-        statement = Refusal(seen.study, self._site, seen.round, code.label, culprit or "")
-        fields: dict[str, str | int | tuple[str, ...]] = {"code": code.label, "round": seen.round}
+        """Tell the coordinator, by code alone, that something about a round was refused."""
+        study, at = self.record.study, self._about
+        statement = Refusal(study, self._site, at, code.label, culprit or "")
+        fields: dict[str, str | int | tuple[str, ...]] = {"code": code.label, "round": at}
         if culprit is not None:
             fields["site"] = culprit
         return [Note("peer.refused", fields), self._say(statement)]
@@ -395,7 +404,7 @@ class SiteRound:
         seen = self.record
         if message.study != seen.study:
             raise ProtocolError(Code.HANDSHAKE_WRONG_STUDY, "A handshake names another study.")
-        if seen.epoch and message.run != seen.run:
+        if seen.run not in {_NO_RUN, message.run}:
             raise ProtocolError(Code.RUN_SECOND, "A second run of this study was offered.")
         if self._handshake is not None and message.epoch == self._handshake.epoch:
             if message.members != self._handshake.members:
@@ -404,14 +413,12 @@ class SiteRound:
         if message.epoch <= seen.epoch:
             raise ProtocolError(Code.HANDSHAKE_STALE, f"Epoch {message.epoch} is over.")
         self._check_members(message.members)
-        # A new epoch closes whatever round was open: its keys are replaced.
-        self._forget()
+        if self._handshake is not None and message.epoch < self._handshake.confirmed_epoch:
+            raise ProtocolError(Code.HANDSHAKE_STALE, f"Epoch {message.epoch} is over.")
+        # Nobody signed this message: nothing durable follows from it, and the epoch that is
+        # in use stays until every member has confirmed the new one.
         self._handshake = Handshake.open(self._terms, self._site, self._key, self._entropy, message)
-        stage = "idle" if seen.stage in {"started", "ready"} else seen.stage
-        kept = self._persist(
-            epoch=message.epoch, run=message.run, keys={}, transcript=bytes(32), stage=stage
-        )
-        return [kept, self._say_signed(type(self._handshake.run_key), self._handshake.signed)]
+        return [self._say_signed(type(self._handshake.run_key), self._handshake.signed)]
 
     def _check_members(self, members: tuple[str, ...]) -> None:
         distinct = list(members) == sorted(set(members))
@@ -436,14 +443,21 @@ class SiteRound:
         loser = handshake.unconfirmed(message.confirmations)
         if loser is not None:
             reveal = handshake.dispute(loser)
-            self._handshake = None
             note = Note("peer.refused", {"site": loser, "code": Code.HANDSHAKE_CONFIRMATION.label})
-            return [note, self._say(reveal)]
+            return [self._kill_epoch(), note, self._say(reveal)]
         established = handshake.established()
         if self.record.transcript == handshake.transcript:
             return [self._say(established)]
+        # The new keys replace the old: a round that was not uploaded yet ends here.
+        self._forget()
+        stage = "idle" if self.record.stage in {"started", "ready"} else self.record.stage
         kept = self._persist(
-            transcript=handshake.transcript, keys=handshake.keys, ratchet=self.record.round
+            run=handshake.run_key.run,
+            epoch=handshake.epoch,
+            transcript=handshake.transcript,
+            keys=handshake.keys,
+            ratchet=0,
+            stage=stage,
         )
         note = Note(
             "handshake.completed",
@@ -456,11 +470,13 @@ class SiteRound:
 
     def _reveal(self, message: RevealRequest) -> list[Effect]:
         handshake = self._live(message.transcript)
-        # Revealing kills the epoch here: its keys must never mask anything.
         reveal = handshake.dispute(message.peer)
+        return [self._kill_epoch(), self._say(reveal)]
+
+    def _kill_epoch(self) -> Persist:
+        # Goes before every reveal: keys that anybody may know must never mask anything.
         self._handshake = None
-        killed = self._persist(keys={}, transcript=bytes(32))
-        return [killed, self._say(reveal)]
+        return self._persist(keys={}, transcript=bytes(32))
 
     def _current(self, epoch: int) -> Handshake:
         if self._handshake is None or self._handshake.epoch != epoch:
@@ -482,14 +498,15 @@ class SiteRound:
         if again is not None:
             return again
         self._check_epoch(message.epoch)
-        chain = self._chain_for(message.link, message.base)
+        chain = self._chain_for(message.run, message.link, message.base)
         header = self._header(message, chain)
-        self._check_retry(chain, header, message.burns)
+        self._check_retry(chain, header, self._certified(message.burns))
         completed = self._completed(message.link, chain)
         self._chain = chain
         self._pending = (header, header_hash(header))
         self._secrets = None
-        self._handshake = None  # ephemeral keys go at the first round of the epoch
+        if self._handshake is not None and self._handshake.epoch == self.record.epoch:
+            self._handshake = None  # ephemeral keys go at the first round of the epoch
         forgotten = [r for r in self.record.burned if r > chain.version]
         kept = self._persist(
             round=message.round,
@@ -514,6 +531,7 @@ class SiteRound:
             chain.state,
             trains=header.kind == "train",
             measures=self._terms.measures(chain.turn),
+            counts=header.kind == "statistics",
         )
         note = Note(
             "round.started",
@@ -535,11 +553,19 @@ class SiteRound:
             raise ProtocolError(Code.ROUND_REPLAY, f"Round {message.round} is over.")
         if self._secrets is not None:
             return [Send(self._secrets.ready)]
+        if seen.stage in {"uploaded", "agreed", "done"}:
+            return []  # a late copy: the coordinator has gone on
         raise ProtocolError(Code.ROUND_REPLAY, f"Round {message.round} was begun before.")
 
-    def _check_run(self, study: bytes, run: bytes) -> None:
-        if study != self.record.study or run != self.record.run:
+    def _check_run(self, study: bytes, run: bytes) -> bytes:
+        """The run that a message names: this site's own, or the study's where it has none yet.
+
+        A site that missed every handshake can still swear that it never agreed in a round,
+        and can still check the certificate of the final model.
+        """
+        if study != self.record.study or self.record.run not in {_NO_RUN, run}:
             raise ProtocolError(Code.ROUND_WRONG_RUN, "A message names another study or run.")
+        return run
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.record.epoch or not self.record.keys:
@@ -547,7 +573,7 @@ class SiteRound:
                 Code.HANDSHAKE_INCOMPLETE, f"Epoch {epoch} is not established at this site."
             )
 
-    def _chain_for(self, link: Link | None, base: memoryview | None) -> Chain:
+    def _chain_for(self, run: bytes, link: Link | None, base: memoryview | None) -> Chain:
         """The chain this round builds on, every step of it checked."""
         seen, chain = self.record, self._chain
         if link is None:
@@ -559,21 +585,26 @@ class SiteRound:
         at = link.header.round
         if at < seen.version:
             raise ProtocolError(Code.LINK_STALE, f"Round {at} is older than what was applied.")
-        survivors = verify_link(self._terms, seen.run, link)
+        survivors = verify_link(self._terms, run, link)
         self._check_contradiction(link, survivors)
-        if at == seen.version and commit(survivors, link.sums) != seen.prev:
-            raise ProtocolError(Code.LINK_EQUIVOCATION, f"Another aggregate of round {at}.")
-        if chain is not None and chain.version == at:
-            return chain
+        if at == seen.version:
+            # The certificate does not cover the aggregate. Once a quorum has shown the same
+            # one this site holds on to it; before that, a damaged one can be replaced.
+            same = commit(survivors, link.sums) == seen.prev
+            if not same and at == seen.confirmed:
+                raise ProtocolError(Code.LINK_EQUIVOCATION, f"Another aggregate of round {at}.")
+            if same and chain is not None and chain.version == at:
+                return chain
+            chain = None
         if chain is None or chain.state_digest != link.header.state:
             chain = self._from_base(link, base)
         return advance(self._terms, chain, link, state_digest)
 
     def _completed(self, link: Link | None, chain: Chain) -> list[Effect]:
         """The audit event of a link that is new here."""
-        if link is None or chain.version == self.record.version:
+        if link is None or chain.prev == self.record.prev:
             return []
-        survivors, following = link_hashes(link)
+        survivors = certified_survivors(link)
         return [
             Note(
                 "round.completed",
@@ -581,7 +612,7 @@ class SiteRound:
                     "round": link.header.round,
                     "kind": link.header.kind,
                     "uh2": survivors.hex(),
-                    "commit": following.hex(),
+                    "commit": chain.prev.hex(),
                     "model": chain.state_digest.hex(),
                     "survivors": link_survivors(link),
                     "dropouts": tuple(sorted(set(link.heads) - set(link.roots))),
@@ -625,29 +656,45 @@ class SiteRound:
             chain.exponents,
         )
 
-    def _check_retry(self, chain: Chain, header: Header, burns: Sequence[Signed]) -> None:
+    def _check_retry(self, chain: Chain, header: Header, certified: set[int]) -> None:
         """Training the same model again needs proof that the earlier upload was never opened.
 
         Without it, two aggregates of one model with one hospital's difference reveal that
-        hospital's update (PROTOCOL.md, "Burning").
+        hospital's update (PROTOCOL.md, "Burning"). The rounds since the last aggregate that
+        this site did not see need that proof, too.
         """
         seen = self.record
         if seen.burns > self._terms.burns_tolerated:
             raise ProtocolError(Code.BURNS_EXHAUSTED, f"{seen.burns} rounds were burned.")
-        attempted = digest(labels.ATTEMPT, header.kind, header.turn, chain.state_digest)
-        if attempted != seen.attempted:
-            return
-        uncertified = [r for r in seen.attempts if not self._certified(r, burns)]
+        if header.round in seen.burned:
+            raise ProtocolError(Code.AGREE_AFTER_BURN, f"Round {header.round} was burned here.")
         allowed = UNCERTIFIED_ATTEMPTS if self._terms.private else 1
+        attempted = digest(labels.ATTEMPT, header.kind, header.turn, chain.state_digest)
+        uncertified = set(seen.attempts) - certified if attempted == seen.attempted else set()
         if len(uncertified) >= allowed:
             raise ProtocolError(
                 Code.RETRY_UNCERTIFIED,
-                f"Rounds {uncertified} used this model and are not certified as burned.",
+                f"Rounds {sorted(uncertified)} used this model and are not certified as burned.",
+            )
+        skipped = set(range(chain.version + 1, header.round)) - certified
+        if len(skipped) >= allowed:
+            raise ProtocolError(
+                Code.BURN_CERTIFICATE,
+                f"Rounds {sorted(skipped)[:8]} were skipped and are not certified as burned.",
             )
 
-    def _certified(self, round_number: int, burns: Sequence[Signed]) -> bool:
-        expected = (self.record.study, self.record.run, round_number)
-        return len(count_signers(self._terms, burns, Burn, expected)) >= self._terms.quorum
+    def _certified(self, burns: Sequence[Signed]) -> set[int]:
+        """The rounds that a quorum swore never to agree in."""
+        by_round: dict[int, list[Signed]] = {}
+        for signed in burns:
+            burn: Burn = unpack_body(Burn, signed)
+            by_round.setdefault(burn.round, []).append(signed)
+        seen, quorum = self.record, self._terms.quorum
+        return {
+            at
+            for at, group in by_round.items()
+            if len(count_signers(self._terms, group, Burn, (seen.study, seen.run, at))) >= quorum
+        }
 
     # ------------------------------------------------------------ B: ready
 
@@ -711,10 +758,12 @@ class SiteRound:
             signed,
             ready,
             result.update,
-            result.metrics,
+            {METRIC_LANE: result.metrics, STATISTIC_LANE: result.statistics},
         )
         self._pending = None
-        return [self._persist(stage="ready"), Send(ready)]
+        # Nothing to persist: what is new is in memory only, and a crash now makes a dropout.
+        self.record = replace(self.record, stage="ready")
+        return [Send(ready)]
 
     # ------------------------------------------------------------ C, D: participants -> upload
 
@@ -800,7 +849,7 @@ class SiteRound:
             )
             if digest(labels.SEALED_SHARES, sealed) != pair[TAG_BYTES : TAG_BYTES + 32]:
                 raise ProtocolError(Code.SHARE_UNREADABLE, f"The share of {v} was altered.")
-            opened = unseal(key, sealed, hashed, v, site)
+            opened = _opened(key, sealed, hashed, v, site)
             if share_commitments(hashed, v, site, opened) != pair[TAG_BYTES + 32 : PAIR_BYTES]:
                 raise ProtocolError(
                     Code.SHARE_COMMITMENT,
@@ -812,15 +861,9 @@ class SiteRound:
 
     def _check_ledgers(self, heads: Mapping[str, Head]) -> dict[str, Witness]:
         """Compare everybody's ledger with what was seen before; raises on a rollback."""
+        self._check_own_ledger(heads)
         witnessed = dict(self.record.witnessed)
         for v, head in heads.items():
-            mine = head.witnessed.get(self._site)
-            if mine is not None and not self._ledger_contains(mine.counter, mine.head):
-                raise ProtocolError(
-                    Code.LEDGER_ROLLBACK,
-                    f"{v} has witnessed row {mine.counter} of this site's ledger, "
-                    "which is not there.",
-                )
             if v == self._site:
                 continue
             before = witnessed.get(v)
@@ -835,6 +878,26 @@ class SiteRound:
                 )
             witnessed[v] = head.ledger
         return witnessed
+
+    def _check_own_ledger(self, heads: Mapping[str, Head]) -> None:
+        """Compare what the others have witnessed with this site's ledger.
+
+        Up to c peers may lie together: they stop this site for the round and are named. More
+        than c of them cannot all lie: the ledger was rolled back, and the run ends here.
+        """
+        accusers = [
+            v for v, head in heads.items()
+            if v != self._site and (mine := head.witnessed.get(self._site)) is not None
+            and not self._ledger_contains(mine.counter, mine.head)
+        ]  # fmt: skip
+        if not accusers:
+            return
+        proven = len(accusers) > self._terms.colluders
+        raise ProtocolError(
+            Code.LEDGER_ROLLBACK,
+            f"{', '.join(accusers)} witnessed rows of this site's ledger that are not there.",
+            culprit=None if proven else accusers[0],
+        )
 
     def _mask(
         self,
@@ -866,12 +929,16 @@ class SiteRound:
         attempted = self._attempt(secrets.header)
         kept = self._persist(
             stage="uploaded",
+            confirmed=self.record.version,
             participants=participants,
             cohort=tuple(sorted(heads)),
             shares=shares,
             witnessed=witnessed,
             attempted=attempted[0],
             attempts=attempted[1],
+            # Nothing after the upload needs this round's pair keys: the ratchet ends them here.
+            keys=_ratcheted(self.record.keys, self.record.ratchet, self.record.round + 1),
+            ratchet=self.record.round + 1,
         )
         payload = pack(upload)
         note = Note(
@@ -896,10 +963,11 @@ class SiteRound:
         self, lane: Lane, secrets: _Secrets, keys: Sequence[bytes], signs: Sequence[int]
     ) -> tuple[Sequence[Any], bytes]:
         """One lane's masked planes and their tree digest."""
-        if lane.lane_id == METRIC_LANE:
-            if secrets.metrics is None or secrets.metrics.shape != (lane.length,):
-                raise AssertionError("a measuring round has metric words of the study's length")
-            words = secrets.metrics.view(np.uint64).copy()
+        if lane.lane_id in secrets.words:
+            counted = secrets.words[lane.lane_id]
+            if counted is None or counted.shape != (lane.length,):
+                raise AssertionError("a lane of words has words of the study's length")
+            words = counted.view(np.uint64).copy()
             add_streams(words, keys, signs)
             planes = pack_planes(words, lane.bits)
             return planes, tree_digest(planes)
@@ -990,14 +1058,8 @@ class SiteRound:
             {v: _recovery_share(seen.shares[v]) for v in seen.cohort if v not in seen.survivor_set},
         )
         payload = pack_statement(Unmask, sign(self._key, unmask))
-        # The shares and this round's pair keys end here; the ratchet makes them unreadable.
-        kept = self._persist(
-            stage="done",
-            shares={},
-            sent={**seen.sent, "unmask": payload},
-            keys=_ratcheted(seen.keys, seen.ratchet, seen.round + 1),
-            ratchet=seen.round + 1,
-        )
+        # The shares received for this round end here.
+        kept = self._persist(stage="done", shares={}, sent={**seen.sent, "unmask": payload})
         note = Note("round.unmasked", {"round": seen.round, "uh2": seen.survivors.hex()})
         return [kept, note, Send(payload)]
 
@@ -1024,7 +1086,7 @@ class SiteRound:
     # ------------------------------------------------------------ burning and the end
 
     def _burn(self, message: BurnRequest) -> list[Effect]:
-        self._check_run(message.study, message.run)
+        run = self._check_run(message.study, message.run)
         seen = self.record
         at = message.round
         if str(at) in seen.agreed:
@@ -1033,15 +1095,15 @@ class SiteRound:
             raise ProtocolError(Code.ROUND_TOO_MANY, f"The study has no round {at}.")
         if at <= seen.version:
             raise ProtocolError(Code.ROUND_REPLAY, f"Round {at} was completed.")
-        payload = pack_statement(Burn, sign(self._key, Burn(seen.study, seen.run, at, self._site)))
+        payload = pack_statement(Burn, sign(self._key, Burn(seen.study, run, at, self._site)))
         if at in seen.burned:
             return [Send(payload)]
         effects: list[Effect] = []
-        changes: dict[str, Any] = {"burned": (*seen.burned, at), "burns": seen.burns + 1}
-        if at >= seen.round:
+        burned = (*seen.burned, at)
+        changes: dict[str, Any] = {"burned": burned, "burns": seen.burns + 1}
+        if at == seen.round:
             self._forget()
             changes |= {
-                "round": at,
                 "stage": "burned",
                 "shares": {},
                 "sent": {},
@@ -1053,13 +1115,21 @@ class SiteRound:
         return [kept, *effects, Note("round.burned", {"round": at}), Send(payload)]
 
     def _finished(self, message: Finished) -> list[Effect]:
-        self._check_run(message.study, message.run)
-        chain = self._chain_for(message.link, message.base)
+        run = self._check_run(message.study, message.run)
+        chain = self._chain_for(run, message.link, message.base)
+        if chain.turn <= self._terms.turns + 1:
+            raise ProtocolError(Code.ROUND_KIND, f"The study is not over at turn {chain.turn}.")
         completed = self._completed(message.link, chain)
         self._chain = chain
         self._forget()
         kept = self._persist(
-            version=chain.version, prev=chain.prev, keys={}, shares={}, sent={}, stage="idle"
+            run=run,
+            version=chain.version,
+            prev=chain.prev,
+            keys={},
+            shares={},
+            sent={},
+            stage="idle",
         )
         note = Note("run.finished", {"model": chain.state_digest.hex()})
         return [kept, DropBlob(UPLOAD_BLOB), *completed, note, Final(chain)]
@@ -1105,6 +1175,16 @@ def share_commitments(header: bytes, dealer: str, holder: str, opened: bytes) ->
     return share_commitment(
         labels.SHARE_SELF, header, dealer, holder, _self_share(opened)
     ) + share_commitment(labels.SHARE_RECOVERY, header, dealer, holder, _recovery_share(opened))
+
+
+def _opened(key: bytes, sealed: bytes, header: bytes, dealer: str, holder: str) -> bytes:
+    """A dealer's shares; it signed the digest of these very bytes, so failing is its fault."""
+    try:
+        return unseal(key, sealed, header, dealer, holder)
+    except ProtocolError:
+        raise ProtocolError(
+            Code.SHARE_UNREADABLE, f"The share of {dealer} does not open.", culprit=dealer
+        ) from None
 
 
 def _self_share(opened: bytes) -> bytes:

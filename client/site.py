@@ -23,7 +23,7 @@ from common.audit import AuditLog
 from common.bundle import Bundle
 from common.crypto.identity import SiteKey
 from common.crypto.seal import Vault
-from common.errors import Code, StorageError
+from common.errors import Code, DataError, RefusedError, StorageError, WardroundError
 from common.evidence import AuditEvidence
 from common.ports import Entropy, Trainer, Transport
 from common.protocol.transcript import Chain
@@ -48,6 +48,7 @@ __all__ = [
     "Site",
     "SiteSetup",
     "built_parameters",
+    "forecast",
     "open_federation",
     "open_ledger",
     "open_site",
@@ -121,9 +122,21 @@ class HospitalWorker:
         self._trainer: Trainer | None = None
         self._reservations: dict[int, Reservation] = {}
         self.final: Chain | None = None
+        self.declined: WardroundError | None = None
 
     def work(self, request: Work) -> Worked:
-        """Approve, reserve, train, measure: in that order, and nothing before the reservation."""
+        """Approve, reserve, then count, measure, train; nothing before the reservation.
+
+        Raises RefusedError or DataError, and keeps it in `declined` for the hospital to look at:
+        its text stays here, the coordinator is told the code alone.
+        """
+        try:
+            return self._work(request)
+        except (RefusedError, DataError) as error:
+            self.declined = error
+            raise
+
+    def _work(self, request: Work) -> Worked:
         setup = self._setup
         approve(_facts(setup), setup.ceilings, stopped=self.stopped())
         trainer = self._ready_trainer()
@@ -131,11 +144,14 @@ class HospitalWorker:
         # Reserved and durable: from here the budget stays charged, whatever happens.
         metrics: NDArray[np.int64] | None = None
         update: NDArray[np.float32] | None = None
+        statistics: NDArray[np.int64] | None = None
+        if request.counts:
+            statistics = trainer.statistics()
         if request.measures:
             metrics = trainer.measure(request.state, request.round)
         if request.trains:
             update = trainer.train(request.state, request.round)
-        return Worked(update, metrics, self._witness())
+        return Worked(update, metrics, self._witness(), statistics)
 
     def _witness(self) -> Witness:
         if self._ledger is None:
@@ -189,6 +205,7 @@ def _settings(bundle: Bundle):  # type: ignore[no-untyped-def]  # noqa: ANN202 -
         bundle.study,
         noise_multiplier=bundle.noise_multiplier,
         evaluation_noise=bundle.evaluation_noise,
+        statistics_noise=bundle.statistics_noise,
     )
 
 
@@ -200,6 +217,11 @@ def _charges(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
     charges: list[Charge] = []
     if bundle.noise_multiplier is None or bundle.evaluation_noise is None:
         raise AssertionError("a study with a ledger has resolved noise")
+    if request.counts:
+        if bundle.statistics_noise is None:
+            raise AssertionError("a study that counts statistics has resolved their noise")
+        counted = DpEvent(bundle.statistics_noise, 1.0, 1)
+        charges.append(Charge("statistics", "train", (counted,)))
     if request.trains:
         steps = DpEvent(bundle.noise_multiplier, training.sampling_rate, training.local_steps)
         charges.append(Charge("train", "train", (steps,)))
@@ -238,6 +260,11 @@ class Site:
     def spending(self) -> Spending | None:
         """Where the ledger stands, or None without DP."""
         return None if self.ledger is None else self.ledger.spent()
+
+    def declined_with(self, label: str) -> bool:
+        """Whether the last work this hospital would not do was declined with this code."""
+        declined = self.worker.declined
+        return declined is not None and declined.code.label == label
 
     def close(self, *, finish: bool = False) -> None:
         """Let go of files; `finish` ends the audit log for good."""
@@ -317,6 +344,13 @@ def built_parameters(study: Study) -> int:
     from client.build import build_model
 
     return sum(value.size for value in build_model(study).initial.values())
+
+
+def forecast(folder: Path) -> None:
+    """Compute what `wardround privacy` will be asked, while the accountant still remembers."""
+    from client.budget import budget_report
+
+    budget_report(folder)
 
 
 def write_demo(folder: Path) -> Path:

@@ -22,16 +22,18 @@ from client.privacy.engine import PerSampleEngine
 from client.privacy.ledger import Charge
 from client.privacy.noise import SecureNoise
 from client.privacy.sampling import sample_patients
-from client.tasks.base import Learner
+from client.tasks.base import Learner, Normalising
 from common.accountant import DpEvent
 from common.errors import Code, DataError
 from common.metrics import METRIC_SCALE, PATIENT_SENSITIVITY, words_from_counts
 from common.ports import Tensors
+from common.statistics import DEVIATION, MEAN, STATISTIC_SCALE, StatisticsLayout
 from common.study import Study
 from common.tensors import Layout
 
 # Noise on the metrics is rounded to words; this many words hide the float's low-order bits.
 _WORD_STD_FLOOR = 1000.0
+_STATISTICS_FLOOR = _WORD_STD_FLOOR / (STATISTIC_SCALE * StatisticsLayout(1).sensitivity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class TrainingSettings:
         clip_norm: C, with `local`.
         noise_multiplier: sigma over C, with `local`.
         evaluation_noise: the same for the metrics, over their sensitivity, with `local`.
+        statistics_noise: the same for the statistics of numeric features, with `local`.
     """
 
     mode: Literal["local", "none"]
@@ -62,16 +65,23 @@ class TrainingSettings:
     noise_multiplier: float | None = None
     evaluation_noise: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    statistics_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode == "local" and not (self.clip_norm and self.noise_multiplier):
             raise ValueError("mode local needs a clip norm and a noise multiplier")
         if self.evaluation_noise is not None and _word_std(self.evaluation_noise) < _WORD_STD_FLOOR:
             raise ValueError("the evaluation noise is too small to be rounded safely")
+        if self.statistics_noise is not None and self.statistics_noise < _STATISTICS_FLOOR:
+            raise ValueError("the statistics' noise is too small to be rounded safely")
 
     @staticmethod
     def from_study(
-        study: Study, *, noise_multiplier: float | None, evaluation_noise: float | None
+        study: Study,
+        *,
+        noise_multiplier: float | None,
+        evaluation_noise: float | None,
+        statistics_noise: float | None = None,
     ) -> TrainingSettings:
         """The study's settings with the noise multipliers that its bundle resolved."""
         training, optimizer = study.training, study.training.optimizer
@@ -90,7 +100,8 @@ class TrainingSettings:
             clip_norm=study.privacy.clip_norm,
             noise_multiplier=noise_multiplier if private else None,
             evaluation_noise=evaluation_noise if private else None,
-            precision=study.model.precision,
+            precision="float32" if study.model is None else study.model.precision,
+            statistics_noise=statistics_noise if private else None,
         )
 
     def charges(self, *, evaluate: bool) -> tuple[Charge, ...]:
@@ -150,6 +161,7 @@ class LocalTrainer:
         del round_number  # a round has fresh noise and a fresh optimiser, whatever its number
         start = self._layout.flatten(state)
         self._load(start)
+        self._normalise(state)
         self._learner.module.train()
         try:
             if self._settings.mode == "local":
@@ -171,6 +183,7 @@ class LocalTrainer:
         """
         del round_number
         self._load(self._layout.flatten(state))
+        self._normalise(state)
         self._learner.module.eval()
         with torch.no_grad(), self._autocast():
             counts = self._learner.measure()
@@ -182,6 +195,25 @@ class LocalTrainer:
         words = words_from_counts(self._noise.add_gaussian(counts, std))
         self._noise.renew()
         return words
+
+    def statistics(self) -> NDArray[np.int64]:
+        """The statistic words of the training patients, (3F,), noised under DP.
+
+        Guarantee: one Gaussian mechanism of noise multiplier `statistics_noise`; the words are
+            rounded after the noise, which is post-processing.
+        """
+        if not isinstance(self._learner, Normalising):
+            raise TypeError("statistics are asked of a task with numeric features")
+        words = self._learner.statistic_words()
+        if self._settings.mode == "none":
+            return words
+        if self._settings.statistics_noise is None:
+            raise ValueError("mode local needs statistics noise to count")
+        layout = StatisticsLayout(len(words) // 3)
+        std = self._settings.statistics_noise * layout.sensitivity * STATISTIC_SCALE
+        noised = self._noise.add_gaussian(words.astype(np.float64), std)
+        self._noise.renew()
+        return np.rint(noised).astype(np.int64)
 
     # ------------------------------------------------------------------ private steps
 
@@ -282,6 +314,11 @@ class LocalTrainer:
         with torch.no_grad():
             for parameter, piece in zip(self._ordered(), pieces, strict=True):
                 parameter.copy_(piece.reshape(parameter.shape))
+
+    def _normalise(self, state: Tensors) -> None:
+        """Normalise as the state says: every site alike, because its digest covers it."""
+        if isinstance(self._learner, Normalising) and MEAN in state:
+            self._learner.set_statistics(state[MEAN], state[DEVIATION])
 
     def _weights(self) -> NDArray[np.float32]:
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self._ordered()])

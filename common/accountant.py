@@ -11,7 +11,7 @@ sites with the same history print the same number, and a history is computed onc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -97,13 +97,21 @@ def solve_noise_multiplier(
         ValueError: where no noise multiplier up to a million is enough, or the target is not
             a positive number.
     """
+    _check_delta(delta)
+    return solve_sigma(target, lambda sigma: epsilon([DpEvent(sigma, sampling_rate, steps)], delta))
+
+
+def solve_sigma(target: float, spent: Callable[[float], float]) -> float:
+    """The smallest noise multiplier, to four decimals, whose `spent` is at most `target`.
+
+    Args:
+        target: epsilon.
+        spent: epsilon by noise multiplier, falling; it may count other releases besides.
+
+    Guarantee and Raises: as `solve_noise_multiplier`.
+    """
     if not (math.isfinite(target) and target > 0):
         raise ValueError("the target epsilon must be positive and finite")
-    _check_delta(delta)
-
-    def spent(sigma: float) -> float:
-        return epsilon([DpEvent(sigma, sampling_rate, steps)], delta)
-
     high = 1.0
     while spent(high) > target:
         high *= 2

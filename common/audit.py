@@ -32,6 +32,7 @@ __all__ = [
     "FolderReport",
     "Problem",
     "RoundMark",
+    "RoundTrace",
     "Value",
     "keys_digest",
     "run_audit_verify",
@@ -141,6 +142,11 @@ _EVENTS: Mapping[str, frozenset[str]] = {
     "model.exported": frozenset({"model", "digest"}),
 }
 
+# What a hospital's log says of its part in a round before the round is known to be complete.
+_PART = frozenset({"round.uploaded", "round.agreed", "round.unmasked"})
+# What is synced at once; the records between are made durable by the next of these.
+_DURABLE = frozenset({"log.opened", "checkpoint", "study.stopped", "budget.refused"})
+
 
 # ------------------------------------------------------------------------------ writing
 
@@ -148,8 +154,9 @@ _EVENTS: Mapping[str, frozenset[str]] = {
 class AuditLog:
     """One party's audit log, open for appending.
 
-    Guarantee: when `append` returns, the record is on the disk; when it raises, the file
-    ends with the last record that was appended.
+    Guarantee: when `append` returns, the record survives the process; when `checkpoint` or
+    `finish` returns, all records survive a power cut. When either raises, the file ends with
+    the last record that was appended.
     """
 
     def __init__(
@@ -222,7 +229,7 @@ class AuditLog:
         return self._next
 
     def append(self, event: str, fields: Fields | None = None) -> int:
-        """Durably append one record and return its index.
+        """Append one record and return its index.
 
         Raises:
             StorageError: the record could not be made durable, or the file was changed.
@@ -271,20 +278,21 @@ class AuditLog:
         }
         digest = _record_hash(body)
         line = _canonical({**body, "hash": digest}) + b"\n"
-        self._write(line)
+        self._write(line, durable=event in _DURABLE)
         self._size += len(line)
         self._head = digest
         self._next += 1
         return self._next - 1
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes, *, durable: bool) -> None:
         try:
             if os.fstat(self._descriptor).st_size != self._size:
                 raise StorageError(
                     Code.AUDIT_CHANGED, f"The audit log {self.path.name} changed under our hands."
                 )
             self._write_all(line)
-            os.fsync(self._descriptor)
+            if durable:
+                os.fsync(self._descriptor)
         except OSError as error:
             # After a failed fsync nobody knows what the disk holds: this object is done.
             self._failed = True
@@ -361,6 +369,18 @@ class RoundMark:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundTrace:
+    """What one log says of its owner's part in a round, whether or not it saw the end.
+
+    `uh2` is what the owner agreed to or unmasked, None where it got only as far as its upload.
+    """
+
+    round: int
+    uh2: str | None
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """What the verification of one log found."""
 
@@ -372,6 +392,7 @@ class AuditReport:
     closed: bool
     keys: str | None
     rounds: tuple[RoundMark, ...]
+    traces: tuple[RoundTrace, ...]
     problems: tuple[Problem, ...]
 
     @property
@@ -565,6 +586,7 @@ class _Walk:
     keys: str | None = None
     last_events: tuple[str, str] = ("", "")
     rounds: list[RoundMark] = field(default_factory=list)
+    traces: list[RoundTrace] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def step(self, line: bytes) -> None:
@@ -607,6 +629,8 @@ class _Walk:
             self.keys = fields.get("keys")
         elif event == "round.completed":
             self.rounds.append(_round_mark(place, fields))
+        elif event in _PART:
+            self.traces.append(RoundTrace(fields.get("round", 0), fields.get("uh2"), place))
         elif event == "checkpoint":
             self._check_signature(place, record)
 
@@ -644,6 +668,7 @@ class _Walk:
             closed=closed,
             keys=self.keys,
             rounds=tuple(self.rounds),
+            traces=tuple(self.traces),
             problems=tuple(self.problems),
         )
 
@@ -680,15 +705,42 @@ def _disagreements(logs: Sequence[AuditReport]) -> Iterator[Problem]:
                 message = f"{mark.kind} round {mark.round} has another transcript than in {first}"
                 yield Problem(log.log, mark.index, "altered", message)
     by_name = {log.log: log for log in logs}
-    for (number, kind), (witness, mark) in sorted(said.items()):
+    for _, (witness, mark) in sorted(said.items()):
         for site in mark.survivors:
             own = by_name.get(site)
-            if own is None or any((m.round, m.kind) == (number, kind) for m in own.rounds):
-                continue
-            later = any(m.round > number and m.kind == kind for m in own.rounds)
-            severity: Severity = "altered" if own.closed or later else "open"
-            message = f"{witness} records {kind} round {number} with this site; it does not"
-            yield Problem(site, own.entries, severity, message)
+            if own is not None:
+                yield from _unknown_round(own, witness, mark)
+    yield from _contradictions(logs, said)
+
+
+def _unknown_round(own: AuditReport, witness: str, mark: RoundMark) -> Iterator[Problem]:
+    """A completed round of which a survivor's own log says nothing.
+
+    A survivor that crashed before it saw the certificate has no `round.completed`, but its log
+    still says how far it came.
+    """
+    number, kind = mark.round, mark.kind
+    if any((m.round, m.kind) == (number, kind) for m in own.rounds):
+        return
+    if any(trace.round == number for trace in own.traces):
+        return
+    later = any(m.round > number and m.kind == kind for m in own.rounds)
+    severity: Severity = "altered" if own.closed or later else "open"
+    message = f"{witness} records {kind} round {number} with this site; it does not"
+    yield Problem(own.log, own.entries, severity, message)
+
+
+def _contradictions(
+    logs: Sequence[AuditReport], said: Mapping[tuple[int, str], tuple[str, RoundMark]]
+) -> Iterator[Problem]:
+    """Survivors that a log agreed to, where another log says that others were agreed on."""
+    known = {number: (witness, mark.uh2) for (number, _), (witness, mark) in said.items()}
+    for log in logs:
+        for trace in log.traces:
+            witness, uh2 = known.get(trace.round, ("", None))
+            if uh2 is not None and trace.uh2 is not None and trace.uh2 != uh2:
+                message = f"it agreed to other survivors of round {trace.round} than {witness} has"
+                yield Problem(log.log, trace.index, "altered", message)
 
 
 # --------------------------------------------------------------------------------- bytes

@@ -24,6 +24,7 @@ from common.plan import Plan, plan
 from common.ports import Tensors
 from common.protocol.terms import Terms
 from common.secagg.quantise import limit
+from common.statistics import StatisticsLayout
 from common.strategy import OptimizerSettings, ServerOptimizer, initial_exponents
 from common.study import Site, Study
 from common.tensors import Layout, load_tensors, save_tensors, state_digest
@@ -33,16 +34,18 @@ STUDY_FILE = "study.yaml"
 FACTS_FILE = "bundle.json"
 WEIGHTS_FILE = "initial.safetensors"
 _FORMAT = "wardround-bundle/1"
-# The first round's range, before any aggregate tells a better one: no single local update of
-# a sensible recipe moves a weight by more, and 24 bits resolve it to a millionth for n = 10.
-FIRST_RANGE = 1.0
+# The first round's quantisation range, in steps of the local optimiser; no aggregate is there yet
+# to tell a better one. AdamW moves a weight by about one learning rate per step.
+_ADAM_STEPS = 4.0
+_SGD_GRADIENT = 10.0
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A resolved study.
 
-    `noise_multiplier` and `evaluation_noise` are None without differential privacy.
+    The noise multipliers are None without differential privacy; `statistics_noise` also where
+    the study has no numeric features.
     """
 
     study: Study
@@ -51,6 +54,7 @@ class Bundle:
     model_config: str
     noise_multiplier: float | None
     evaluation_noise: float | None
+    statistics_noise: float | None = None
 
     @property
     def layout(self) -> Layout:
@@ -74,6 +78,7 @@ class Bundle:
             self.model_config,
             repr(self.noise_multiplier),
             repr(self.evaluation_noise),
+            repr(self.statistics_noise),
         )
 
     def optimizer(self) -> ServerOptimizer:
@@ -98,8 +103,16 @@ class Bundle:
             raise StorageError(
                 Code.BUNDLE_DAMAGED, "The roster does not hold exactly the study's sites."
             )
-        exponents = initial_exponents(layout.specs, limit=limit(bits, count), largest=FIRST_RANGE)
+        exponents = initial_exponents(
+            layout.specs,
+            limit=limit(bits, count),
+            largest=first_range(study, self.noise_multiplier),
+        )
         spare = study.training.spare_rounds
+        features = study.feature_count
+        noise = self.statistics_noise or 0.0
+        statistics = StatisticsLayout(features, noise) if features else None
+        counted: Tensors = {} if statistics is None else statistics.initial()
         return Terms(
             study=self.digest,
             roster=dict(roster),
@@ -108,14 +121,16 @@ class Bundle:
             layout=layout,
             ring_bits=bits,
             metric_words=metric_length(len(study.task.labels)),
-            initial=optimizer.initial(self.initial),
+            initial={**optimizer.initial(self.initial), **counted},
             exponents=tuple(exponents[spec.name] for spec in layout.specs),
             optimizer=optimizer,
             turns=study.training.rounds,
             evaluate_every=study.evaluation.every,
-            rounds=study.training.rounds + 1 + spare,
+            rounds=study.training.rounds + 1 + spare + bool(features),
             private=study.privacy.mode != "none",
             burns_tolerated=spare,
+            statistic_words=0 if statistics is None else statistics.words,
+            statistics=statistics,
         )
 
     def plan(self, patients: Mapping[str, int] | None = None) -> Plan:
@@ -137,13 +152,15 @@ class Bundle:
             "backbone": self.backbone_digest.hex(),
             "noise_multiplier": self.noise_multiplier,
             "evaluation_noise": self.evaluation_noise,
+            "statistics_noise": self.statistics_noise,
             "shapes": {s.name: list(s.shape) for s in self.layout.specs},
             "model_config": json.loads(self.model_config),
         }
         text = json.dumps(facts, indent=1, sort_keys=True)
         write_durably(folder / FACTS_FILE, [text.encode()])
         # JSON is YAML: the study as resolved, with its sites, in one canonical form.
-        written = self.study.model_dump(mode="json", exclude={"simulation"}, exclude_none=True)
+        # Absent values are written as null: a default may be something else than absent.
+        written = self.study.model_dump(mode="json", exclude={"simulation"})
         write_durably(folder / STUDY_FILE, [json.dumps(written, indent=1).encode()])
 
     @staticmethod
@@ -159,6 +176,7 @@ class Bundle:
                 json.dumps(facts["model_config"], sort_keys=True),
                 facts["noise_multiplier"],
                 facts["evaluation_noise"],
+                facts["statistics_noise"],
             )
             expected = facts["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -180,6 +198,7 @@ def resolve(study: Study, initial: Tensors, backbone_digest: bytes, model_config
         model_config,
         planned.training.noise_multiplier if planned.training is not None else None,
         planned.evaluation.noise_multiplier,
+        None if planned.statistics is None else planned.statistics.noise_multiplier,
     )
 
 
@@ -188,3 +207,21 @@ def with_sites(study: Study, sites: tuple[str, ...]) -> Study:
     if study.sites:
         return study
     return study.with_sites([Site(id=site) for site in sites])
+
+
+def first_range(study: Study, noise_multiplier: float | None) -> float:
+    """How far a weight may move in a hospital's first round, from the study's public numbers.
+
+    A guess with room, not a bound: what lies beyond it is cut in integers, which changes
+    neither privacy nor the ring, and from the second round on the range follows the last
+    published aggregate.
+    """
+    training, optimizer = study.training, study.training.optimizer
+    reach = optimizer.learning_rate * training.local_steps
+    if optimizer.name == "adamw":
+        return _ADAM_STEPS * reach
+    gradient = _SGD_GRADIENT
+    clip = study.privacy.clip_norm
+    if clip is not None and noise_multiplier is not None:
+        gradient = 2 * clip + 8 * noise_multiplier * clip / training.expected_batch
+    return reach * gradient / (1 - optimizer.momentum)

@@ -152,9 +152,15 @@ def _study_summary(study: Study) -> str:
         else f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
     )
     return (
-        f"study {study.name}: {len(study.task.labels)} labels, {study.model.tuning}, "
+        f"study {study.name}: {len(study.task.labels)} labels, {_learns(study)}, "
         f"{study.training.rounds} rounds, {parties}, {promise}"
     )
+
+
+def _learns(study: Study) -> str:
+    """What learns, in a word or two: a backbone's tuning, or the shape of a perceptron."""
+    backbone, tuning = study.architecture
+    return backbone if study.model is None else tuning
 
 
 def _file_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -186,6 +192,8 @@ def _where(document: Document, path: str) -> str:
 def _notes(document: Document) -> Iterator[Problem]:
     """What is right here and may still be a surprise: a backbone that this machine lacks."""
     if document.format != "wardround-study/1":
+        return
+    if "model" not in document.data:
         return
     backbone = document.data["model"]["backbone"]
     loc = ("model", "backbone")

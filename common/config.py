@@ -39,6 +39,7 @@ MAX_BYTES: Final = 256 * 1024
 MAX_DEPTH: Final = 16
 _MAX_DIGITS: Final = 40
 _SHOWN: Final = 40
+_TAG: Final = "kind"  # the key that tells which of several sections a mapping is
 
 Key = str | int
 Loc = tuple[Key, ...]
@@ -311,7 +312,8 @@ class Document:
 
     def _problems(self, model: type[BaseModel], detail: ErrorDetails) -> Iterator[Problem]:
         """One pydantic error as the problems it stands for."""
-        loc: Loc = tuple(detail["loc"])
+        tagged: Loc = tuple(detail["loc"])
+        loc = _untagged(self.data, tagged)
         kind = detail["type"]
         if kind == Rules.TYPE:
             for where, message in detail["ctx"]["problems"]:
@@ -319,10 +321,13 @@ class Document:
                 yield self._at((*loc, *tail), message)
             return
         if kind == "extra_forbidden":
-            message = _unknown(str(loc[-1]), _fields(model, loc[:-1]))
+            message = _unknown(str(loc[-1]), _fields(model, tagged[:-1]))
             yield self._at(loc, message, key=True)
             return
-        yield self._at(loc, _message(detail), key=kind == "missing")
+        if kind in {"union_tag_invalid", "union_tag_not_found"}:
+            loc = (*loc, detail["ctx"]["discriminator"].strip("'"))
+        missing = kind in {"missing", "union_tag_not_found"}
+        yield self._at(loc, _message(detail), key=missing)
 
     def problem(self, loc: Loc, message: str) -> Problem:
         """A complaint of the caller about the value at `loc`, at its line."""
@@ -345,15 +350,41 @@ def _relevant(details: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:
             yield detail
 
 
+def _untagged(data: object, loc: Loc) -> Loc:
+    """`loc` as the file has it: pydantic adds the kind that chose between two sections."""
+    plain: list[Key] = []
+    for key in loc:
+        if isinstance(data, Mapping):
+            if key not in data and data.get(_TAG) == key:
+                continue
+            data = data.get(str(key))
+        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+            data = data[key]
+        else:
+            data = None
+        plain.append(key)
+    return tuple(plain)
+
+
 def _fields(annotation: object, loc: Loc) -> list[str]:
-    """The keys that the section at `loc` accepts."""
+    """The keys that the section at `loc`, kinds included, accepts."""
     models = _models(annotation)
+    named = loc and isinstance(loc[0], str)
+    if named and not any(loc[0] in model.model_fields for model in models):
+        chosen = [m for m in models if loc[0] in _kinds(m)]
+        return [name for model in chosen for name in _fields(model, loc[1:])]
     if not loc:
         return [name for model in models for name in model.model_fields]
     if isinstance(loc[0], int):
         return _fields(annotation, loc[1:])
     inner = [m.model_fields[loc[0]].annotation for m in models if loc[0] in m.model_fields]
     return [name for item in inner for name in _fields(item, loc[1:])]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[object, ...]:
+    """The kinds that a section of several may be told by."""
+    field = model.model_fields.get(_TAG)
+    return () if field is None else get_args(field.annotation)
 
 
 def _models(annotation: object) -> list[type[BaseModel]]:
@@ -392,6 +423,7 @@ _WORDS: Final[Mapping[str, str]] = {
     "bool_type": "must be true or false",
     "tuple_type": "must be a list",
     "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
     "finite_number": "must be a finite number",
 }
 _BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
@@ -405,8 +437,10 @@ _BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
 def _message(detail: ErrorDetails) -> str:
     """A pydantic error in the words of this house."""
     kind, context, got = detail["type"], detail.get("ctx", {}), detail["input"]
-    if kind == "missing":
+    if kind in {"missing", "union_tag_not_found"}:
         return "is missing"
+    if kind == "union_tag_invalid":
+        return f"must be {_choice(context['expected_tags'])} (got {_shown(context['tag'])})"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         return f"{words} {context[key]:g} (got {_shown(got)})"
@@ -424,6 +458,11 @@ def _message(detail: ErrorDetails) -> str:
     if kind in special:
         return special[kind]()
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]} (got {_shown(got)})"
+
+
+def _choice(tags: str) -> str:
+    """Pydantic's list of tags as its list of literals reads: 'a' or 'b'."""
+    return " or ".join(tags.rsplit(", ", 1))
 
 
 def _text_expected(got: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NewType
 
 SiteId = NewType("SiteId", str)
@@ -12,6 +13,7 @@ DIGEST_BYTES = 32
 _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
+@lru_cache(maxsize=4096)
 def is_site_id(text: str) -> bool:
     """Whether `text` may name a site: 1 to 63 of a-z, 0-9 and inner hyphens."""
     return _SITE_ID.fullmatch(text) is not None

@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.accountant import DpEvent, epsilon, solve_noise_multiplier
+from common.accountant import DpEvent, epsilon, solve_noise_multiplier, solve_sigma
 from common.errors import Code, ConfigError
 from common.metrics import PATIENT_SENSITIVITY, metric_length
 from common.secagg.quorum import tolerates
+from common.statistics import StatisticsLayout
 from common.study import Study
 
 __all__ = [
     "CostModel",
     "EvaluationPlan",
     "Plan",
+    "StatisticsPlan",
     "TrainingPlan",
     "evaluation_rounds",
     "message_bytes",
@@ -29,6 +31,10 @@ __all__ = [
 
 _CURVE_POINTS = 50
 _WEAK_EPSILON = 10.0
+STATISTICS_SHARE = 0.1
+"""The part of epsilon that the normalisation statistics get where the study does not say."""
+
+_PLACES_CHECKED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,24 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class StatisticsPlan:
+    """The statistics of numeric features; under DP, what they cost a training patient.
+
+    Units:
+        noise_multiplier: Gaussian noise over the sensitivity sqrt(3F/8) of one patient.
+        epsilon: of one release alone; the training's epsilon counts it, and its retries, too.
+        count_noise: standard deviation of the summed values of a feature, in patients at the
+            full width of the declared range.
+    """
+
+    features: int
+    words: int
+    noise_multiplier: float | None
+    epsilon: float | None
+    count_noise: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a study will do.
 
@@ -129,6 +153,7 @@ class Plan:
     seconds_masking: float
     seconds_network: float
     warnings: tuple[str, ...] = field(default=())
+    statistics: StatisticsPlan | None = None
 
     @property
     def seconds_per_round(self) -> float:
@@ -184,7 +209,8 @@ def plan(
         raise ConfigError(Code.PLAN_IMPOSSIBLE, "The study does not say which hospitals there are.")
     counts = {} if patients is None else dict(patients)
     quorum = study.quorum_size(parties)
-    training = _training(study, parameters, parties)
+    statistics = _statistics(study, parties)
+    training = _training(study, parameters, parties, statistics)
     evaluation = _evaluation(study, parties, counts)
     up, down = message_bytes(parties)
     vector = parameters * study.aggregation.ring_bits // 8 + 8 * evaluation.words
@@ -212,10 +238,13 @@ def plan(
         warnings=tuple(
             _warnings(study, parties - quorum, training, evaluation, counts),
         ),
+        statistics=statistics,
     )
 
 
-def _training(study: Study, parameters: int, parties: int) -> TrainingPlan | None:
+def _training(
+    study: Study, parameters: int, parties: int, statistics: StatisticsPlan | None
+) -> TrainingPlan | None:
     privacy, terms = study.privacy, study.training
     if privacy.mode == "none":
         return None
@@ -224,17 +253,16 @@ def _training(study: Study, parameters: int, parties: int) -> TrainingPlan | Non
         raise ValueError("a checked study with a privacy mode names epsilon, delta and clip_norm")
     # A burned round is charged and tried again: the noise is solved for the spare rounds, too.
     most = terms.rounds + terms.spare_rounds
-    steps = terms.local_steps * most
+    releases = _Releases(study, statistics, delta)
     sigma = privacy.noise_multiplier
     if sigma is None:
-        sigma = _solve(budget, delta, sampling_rate=terms.sampling_rate, steps=steps)
+        sigma = _solve_training(study, releases, budget)
     chosen = sigma
 
     def spent(rounds: int) -> float:
-        event = DpEvent(chosen, terms.sampling_rate, terms.local_steps * rounds)
-        return epsilon([event], delta)
+        return releases.epsilon(chosen, rounds)
 
-    total = spent(most)
+    total = releases.most(sigma)
     return TrainingPlan(
         sampling_rate=terms.sampling_rate,
         expected_batch=terms.expected_batch,
@@ -251,6 +279,64 @@ def _training(study: Study, parameters: int, parties: int) -> TrainingPlan | Non
         noise_to_signal=sigma
         * math.sqrt(parameters / (parties * terms.local_steps))
         / terms.expected_batch,
+    )
+
+
+class _Releases:
+    """Everything that a training patient takes part in, by how often each was done."""
+
+    def __init__(self, study: Study, statistics: StatisticsPlan | None, delta: float) -> None:
+        self._terms, self._delta = study.training, delta
+        self._statistics = None if statistics is None else statistics.noise_multiplier
+
+    def epsilon(self, sigma: float, rounds: int, counted: int = 1) -> float:
+        """Epsilon of `rounds` training rounds, after statistics that were counted so often."""
+        terms = self._terms
+        events = [DpEvent(sigma, terms.sampling_rate, terms.local_steps * rounds)]
+        if self._statistics is not None:
+            events.append(DpEvent(self._statistics, 1.0, counted))
+        return epsilon(events, self._delta)
+
+    def most(self, sigma: float) -> float:
+        """Epsilon of all rounds, wherever the spare rounds burn: in statistics or in training.
+
+        Many spare rounds are counted in both places, which is an upper bound.
+        """
+        rounds, spare = self._terms.rounds, self._terms.spare_rounds
+        if self._statistics is None:
+            return self.epsilon(sigma, rounds + spare)
+        if spare > _PLACES_CHECKED:
+            return self.epsilon(sigma, rounds + spare, 1 + spare)
+        return max(self.epsilon(sigma, rounds + spare - k, 1 + k) for k in range(spare + 1))
+
+
+def _solve_training(study: Study, releases: _Releases, budget: float) -> float:
+    terms = study.training
+    try:
+        return solve_sigma(budget, releases.most)
+    except ValueError as error:
+        steps = terms.local_steps * (terms.rounds + terms.spare_rounds)
+        raise ConfigError(
+            Code.PLAN_IMPOSSIBLE, f"No noise reaches epsilon {budget:g} in {steps} steps."
+        ) from error
+
+
+def _statistics(study: Study, parties: int) -> StatisticsPlan | None:
+    if not study.feature_count:
+        return None
+    layout, privacy = StatisticsLayout(study.feature_count), study.privacy
+    if privacy.epsilon is None or privacy.delta is None:
+        return StatisticsPlan(layout.features, layout.words, None, None, None)
+    share = privacy.statistics_epsilon
+    if share is None:
+        share = STATISTICS_SHARE * privacy.epsilon
+    sigma = _solve(share, privacy.delta, sampling_rate=1.0, steps=1)
+    return StatisticsPlan(
+        features=layout.features,
+        words=layout.words,
+        noise_multiplier=sigma,
+        epsilon=epsilon([DpEvent(sigma, 1.0, 1)], privacy.delta),
+        count_noise=sigma * layout.sensitivity * math.sqrt(parties),
     )
 
 
@@ -302,15 +388,17 @@ def _affordable(spent: Callable[[int], float], rounds: int, budget: float) -> in
 def _seconds(
     study: Study, parameters: int, backbone: int, parties: int, cost: CostModel
 ) -> tuple[float, float]:
-    """Training: 6 operations per parameter and token (a head sees one cached feature per note).
+    """Training: 6 operations per parameter and token.
+
+    A head sees one cached feature per note, a perceptron one row: one token.
 
     Masking: one stream per party over 4-byte words, and about two more passes of the same
     size for quantising, packing and hashing.
     """
     terms = study.training
-    head = study.model.tuning == "head"
-    tokens = 1 if head else study.task.max_tokens
-    size = parameters if head else max(parameters, backbone)
+    whole = study.model is not None and study.model.tuning != "head"
+    tokens = study.diagnosis.max_tokens if whole else 1
+    size = max(parameters, backbone) if whole else parameters
     operations = 6.0 * size * tokens * terms.local_steps * terms.expected_batch
     masking = 4.0 * parameters * (parties + 2) / cost.mask_bytes
     return operations / cost.flops + cost.fixed, masking
@@ -385,7 +473,8 @@ def _patient_warnings(
 
 def render(plan: Plan) -> str:
     """The plan as a text table, one fact a line."""
-    rows = [*_party_rows(plan), *_training_rows(plan), *_evaluation_rows(plan), *_cost_rows(plan)]
+    rows = [*_party_rows(plan), *_training_rows(plan), *_statistics_rows(plan)]
+    rows += [*_evaluation_rows(plan), *_cost_rows(plan)]
     width = max(len(name) for name, _ in rows)
     lines = [f"Plan of study {plan.study}", ""]
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -432,6 +521,20 @@ def _training_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("noise / signal", f"{training.noise_to_signal:.2f} (0.3 or less is comfortable)"),
     ]
+
+
+def _statistics_rows(plan: Plan) -> list[tuple[str, str]]:
+    statistics = plan.statistics
+    if statistics is None:
+        return []
+    counted = f"mean and deviation of {statistics.features} features, before training"
+    if statistics.epsilon is None or statistics.count_noise is None:
+        return [("normalisation", counted)]
+    cost = (
+        f"{statistics.epsilon:.3f} of the above (noise multiplier "
+        f"{statistics.noise_multiplier:g}, ±{statistics.count_noise:.0f} patients)"
+    )
+    return [("normalisation", counted), ("epsilon, statistics", cost)]
 
 
 def _evaluation_rows(plan: Plan) -> list[tuple[str, str]]:

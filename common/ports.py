@@ -42,8 +42,9 @@ class Transport(Protocol):
 class Journal(Protocol):
     """Durable state of one party: the last record stored, and named blobs.
 
-    Guarantee: when `store` or `put_blob` returns, a crash at any later moment leaves
-    exactly that record or blob; a crash before it returns leaves the old or the new one.
+    Guarantee: when `store` or a durable `put_blob` returns, a crash or a power cut at any later
+    moment leaves exactly that record or blob; one before it returns leaves the old or the new
+    one. A blob that is not durable survives the process, but perhaps not a power cut.
     """
 
     def load(self) -> bytes | None:
@@ -54,8 +55,10 @@ class Journal(Protocol):
         """Make `record` the last durable record. Raises StorageError, keeping the old one."""
         ...
 
-    def put_blob(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Durably write the concatenation of `parts` under `name`, replacing what was there."""
+    def put_blob(
+        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+    ) -> None:
+        """Write the concatenation of `parts` under `name`, replacing what was there."""
         ...
 
     def get_blob(self, name: str) -> bytes | None:
@@ -76,4 +79,11 @@ class Trainer(Protocol):
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state` on held-out patients: (m,) int64, noised under DP."""
+        ...
+
+    def statistics(self) -> NDArray[np.int64]:
+        """The statistic words of the training patients: (s,) int64, noised under DP.
+
+        Asked only where the study has numeric features.
+        """
         ...

@@ -23,8 +23,10 @@ __all__ = [
     "Aggregation",
     "Columns",
     "Deadlines",
+    "DiagnosisTask",
     "Evaluation",
     "Fault",
+    "Feature",
     "Lora",
     "ModelChoice",
     "Optimizer",
@@ -36,6 +38,8 @@ __all__ = [
     "Site",
     "Split",
     "Study",
+    "TabularColumns",
+    "TabularTask",
     "Task",
     "Term",
     "Training",
@@ -67,6 +71,7 @@ Name = Annotated[str, AfterValidator(_named)]
 Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
 FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
+Width = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Columns(Frozen):
@@ -87,8 +92,8 @@ class Columns(Frozen):
         return self
 
 
-class Task(Frozen):
-    """What is learned."""
+class DiagnosisTask(Frozen):
+    """What is learned: one label for each clinical note."""
 
     kind: Literal["diagnosis"] = Field(description="diagnosis: one label for each clinical note")
     labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
@@ -120,6 +125,76 @@ class Task(Frozen):
         )
         rules.done()
         return self
+
+
+class Feature(Frozen):
+    """One numeric column and its declared range; public, never taken from data."""
+
+    name: Text = Field(description="the column in the hospitals' files")
+    low: float = Field(ge=-1e100, le=1e100, description="values below are read as this")
+    high: float = Field(ge=-1e100, le=1e100, description="values above are read as this")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.low < self.high, "high", f"must be more than low ({self.low:g})")
+        rules.done()
+        return self
+
+
+class TabularColumns(Frozen):
+    """Which columns of the hospital's files hold what, beside the features."""
+
+    patient: Text | None = Field(
+        "patient", description="the unit of privacy; null: every row is a patient of its own"
+    )
+    label: Text = Field("label", description="the class, one of task.labels")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.label != self.patient, "label", "is also the patient column")
+        rules.done()
+        return self
+
+
+class TabularTask(Frozen):
+    """What is learned: one label for each row of numbers.
+
+    Values are normalised by mean and deviation over all hospitals, which are counted inside the
+    secure sum before training (docs/PRIVACY.md, "Normalisation").
+    """
+
+    kind: Literal["tabular"] = Field(description="tabular: one label for each row of numbers")
+    labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
+        description="every class, in the order of the model's outputs; never discovered from data"
+    )
+    columns: TabularColumns = Field(
+        TabularColumns(), description="column names in the hospitals' files"
+    )
+    features: Annotated[Listed[Feature], Field(min_length=1, max_length=1000)] = Field(
+        description="the numeric columns the model sees, in its inputs' order"
+    )
+    hidden: Annotated[Listed[Width], Field(max_length=8)] = Field(
+        (), description="widths of the hidden layers; none is logistic regression"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        for index in _repeats(self.labels):
+            rules.require(False, f"labels.{index}", "is listed twice")  # noqa: FBT003
+        for index in _repeats(feature.name for feature in self.features):
+            rules.require(False, f"features.{index}.name", "is listed twice")  # noqa: FBT003
+        taken = {self.columns.patient, self.columns.label}
+        for index, feature in enumerate(self.features):
+            where = f"features.{index}.name"
+            rules.require(feature.name not in taken, where, "is also another column")
+        rules.done()
+        return self
+
+
+Task = Annotated[DiagnosisTask | TabularTask, Field(discriminator="kind")]
 
 
 class Lora(Frozen):
@@ -232,6 +307,12 @@ class Privacy(Frozen):
         le=100,
         description="what metrics may cost a held-out patient, who never trains; absent: epsilon",
     )
+    statistics_epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="the part of epsilon for normalising, with task.kind: tabular; absent: a tenth",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -244,6 +325,12 @@ class Privacy(Frozen):
                 share is None or whole is None or share <= whole,
                 "evaluation_epsilon",
                 f"must not be more than epsilon (got {share} of {whole})",
+            )
+            part = self.statistics_epsilon
+            rules.require(
+                part is None or whole is None or part < whole,
+                "statistics_epsilon",
+                f"must leave something of epsilon for training (got {part} of {whole})",
             )
         else:
             for key in type(self).model_fields:
@@ -376,7 +463,9 @@ class Study(Frozen):
     format: Literal["wardround-study/1"] = Field(description="this file's kind and version")
     name: Name = Field(description="the study's name")
     task: Task = Field(description="what is learned")
-    model: ModelChoice = Field(description="which network, and which part of it learns")
+    model: ModelChoice | None = Field(
+        None, description="which network, and which part of it learns; with task.kind: diagnosis"
+    )
     training: Training = Field(Training(), description="what happens inside a hospital")
     aggregation: Aggregation = Field(Aggregation(), description="how updates become a model")
     privacy: Privacy = Field(description="what a patient is promised")
@@ -396,6 +485,7 @@ class Study(Frozen):
             "evaluation.every",
             f"is more than training.rounds ({self.training.rounds}): nothing would be measured",
         )
+        self._task_rules(rules)
         self._site_rules(rules)
         if self.party_count is not None and self.party_count >= MIN_SITES:
             self._quorum_rules(rules, self.party_count)
@@ -403,6 +493,16 @@ class Study(Frozen):
             self._simulation_rules(rules, self.simulation)
         rules.done()
         return self
+
+    def _task_rules(self, rules: Rules) -> None:
+        if self.task.kind == "diagnosis":
+            rules.require(self.model is not None, "model", "is missing")
+            message = "has no effect with task.kind: diagnosis; remove it"
+            share = self.privacy.statistics_epsilon
+            rules.require(share is None, "privacy.statistics_epsilon", message)
+        else:
+            message = "has no effect with task.kind: tabular, which says what learns; remove it"
+            rules.require(self.model is None, "model", message)
 
     def _site_rules(self, rules: Rules) -> None:
         count = len(self.sites)
@@ -459,6 +559,41 @@ class Study(Frozen):
                 "simulation.dropouts_per_round",
                 f"is more than the {spare} that the quorum can spare: no round would end",
             )
+
+    @property
+    def diagnosis(self) -> DiagnosisTask:
+        """The task, where it is about notes. Raises TypeError where it is another."""
+        if not isinstance(self.task, DiagnosisTask):
+            raise TypeError(f"a study of kind {self.task.kind} reads no notes")
+        return self.task
+
+    @property
+    def tabular(self) -> TabularTask:
+        """The task, where it is about numbers. Raises TypeError where it is another."""
+        if not isinstance(self.task, TabularTask):
+            raise TypeError(f"a study of kind {self.task.kind} has no numeric features")
+        return self.task
+
+    @property
+    def network(self) -> ModelChoice:
+        """Which network learns. Raises TypeError where the task itself says it."""
+        if self.model is None:
+            raise TypeError(f"a study of kind {self.task.kind} has no section model")
+        return self.model
+
+    @property
+    def architecture(self) -> tuple[str, str]:
+        """What learns and which part of it, in words: (backbone, tuning)."""
+        if self.model is not None:
+            return self.model.backbone, self.model.tuning
+        task = self.tabular
+        widths = (len(task.features), *task.hidden, len(task.labels))
+        return "-".join(str(width) for width in widths) + " perceptron", "full"
+
+    @property
+    def feature_count(self) -> int:
+        """F, the numeric features whose statistics are counted; 0 where there are none."""
+        return len(self.task.features) if isinstance(self.task, TabularTask) else 0
 
     @property
     def party_count(self) -> int | None:

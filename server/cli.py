@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common.cli import Command, emit_json, say, warn
+from common.cli import Command, emit_json, say, table, warn
 
 if TYPE_CHECKING:
-    from server.report import RunResult
-    from server.simulate import Outcome
+    from collections.abc import Callable
+
+    from server.report import Conclusion
     from server.table import RunView
 
 DEFAULT_OUT = "wardround-out"
@@ -56,6 +57,12 @@ def _view(arguments: argparse.Namespace, title: str, rounds: int) -> RunView:
 def _configure_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="a study with a section `simulation`")
     _out_arguments(parser)
+    parser.add_argument(
+        "--no-alone",
+        dest="compare",
+        action="store_false",
+        help="do not also train every hospital alone, for the comparison",
+    )
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
@@ -63,13 +70,23 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from common.study import Study
 
     study = load(arguments.study, Study)
-    out = _free_folder(arguments.out, DEFAULT_OUT)
-    arguments.out = out
+    arguments.out = _free_folder(arguments.out, DEFAULT_OUT)
+    from server.folder import Paths, require_room
+
+    require_room(Paths(arguments.out), study, arguments.study)
     from server.simulate import simulate
 
-    view = _view(arguments, f"simulation of {study.name}", study.training.rounds)
-    outcome = simulate(arguments.study, out, view=view, device=arguments.device)
-    return _conclude(arguments, outcome, view)
+    return _shown(
+        arguments,
+        _view(arguments, f"simulation of {study.name}", study.training.rounds),
+        lambda view: simulate(
+            arguments.study,
+            arguments.out,
+            view=view,
+            device=arguments.device,
+            compare=arguments.compare,
+        ),
+    )
 
 
 def _configure_resume(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +95,30 @@ def _configure_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from server.simulate import resume, study_of
+    from server.folder import Paths, study_of
 
     study = study_of(arguments.folder)
-    view = _view(arguments, f"resumed: {study.name}", study.training.rounds)
-    outcome = resume(arguments.folder, view=view, device=arguments.device)
-    return _conclude(arguments, outcome, view)
+    if Paths(arguments.folder).conclusion.exists():
+        return _again(arguments)
+    from server.simulate import resume
+
+    return _shown(
+        arguments,
+        _view(arguments, f"resumed: {study.name}", study.training.rounds),
+        lambda view: resume(arguments.folder, view=view, device=arguments.device),
+    )
+
+
+def _again(arguments: argparse.Namespace) -> int:
+    """A run that is over has nothing to go on with: it says its end once more."""
+    from server.folder import Paths, kept_json
+    from server.report import Conclusion
+
+    concluded = Conclusion.from_json(kept_json(Paths(arguments.folder).conclusion))
+    if not arguments.json:
+        say(f"{arguments.folder}: this run is over; this is how it ended.")
+        say()
+    return _ended(arguments, concluded)
 
 
 def _configure_demo(parser: argparse.ArgumentParser) -> None:
@@ -91,108 +126,58 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    out = _free_folder(arguments.out, "wardround-demo")
-    arguments.out = out
+    arguments.out = _free_folder(arguments.out, "wardround-demo")
     from server.simulate import prepare_demo, simulate
 
-    config, study = prepare_demo(out)
+    config, study = prepare_demo(arguments.out)
     if not arguments.json:
         say("Five synthetic hospitals, one classifier, real masks, real differential privacy.")
         say("One hospital drops out in round 2; one crashes in round 3 and comes back.")
-    view = _view(arguments, "wardround demo (synthetic notes)", study.training.rounds)
-    outcome = simulate(config, out / "run", view=view, device=arguments.device)
-    return _conclude(arguments, outcome, view)
+    return _shown(
+        arguments,
+        _view(arguments, "wardround demo (synthetic notes)", study.training.rounds),
+        lambda view: simulate(config, arguments.out, view=view, device=arguments.device),
+    )
 
 
 def _resume_line(arguments: argparse.Namespace) -> str:
-    folder = getattr(arguments, "folder", None) or arguments.out
-    inner = folder / "run" if (folder / "run").is_dir() else folder
-    return f"wardround resume {inner}"
+    return f"wardround resume {getattr(arguments, 'folder', None) or arguments.out}"
 
 
-def _conclude(arguments: argparse.Namespace, outcome: Outcome, view: RunView) -> int:
-    result = outcome.result
+def _shown(
+    arguments: argparse.Namespace, view: RunView, work: Callable[[RunView], Conclusion]
+) -> int:
+    """Run `work` under a view, give the terminal back, and say how it ended."""
+    try:
+        concluded = work(view)
+        view.finish("")
+    finally:
+        view.close()
+    return _ended(arguments, concluded)
+
+
+def _ended(arguments: argparse.Namespace, concluded: Conclusion) -> int:
     if arguments.json:
-        emit_json(summary(outcome))
-        return 0 if result.audit_verified and not result.plain_updates else 1
-    from server.report import site_table
+        emit_json(concluded.summary)
+    else:
+        _say_conclusion(concluded)
+    return 0 if concluded.good else 1
 
-    for line in outcome.warnings:
+
+def _say_conclusion(concluded: Conclusion) -> None:
+    from server.report import SITE_COLUMNS
+
+    for line in concluded.summary["warnings"]:
         warn(f"note: {line}")
-    say(site_table(result))
-    for line in verdict(outcome):
-        say(line)
-    view.finish("done" if result.audit_verified else "the audit log does not verify")
-    return 0 if result.audit_verified and not result.plain_updates else 1
-
-
-def verdict(outcome: Outcome) -> list[str]:
-    """What a run ends with: what was seen, verified, spent and reached, and what to type next."""
-    result, folder = outcome.result, outcome.folder
-    lines = [
-        f"coordinator saw: {result.masked_updates} masked updates, {result.plain_updates} readable",
-        f"audit logs: {'verified' if result.audit_verified else 'NOT VERIFIED'}",
-        _budget_line(result),
-    ]
-    together, alone = _means(result)
-    if together is not None and alone is not None:
-        lines.append(
-            f"accuracy, mean over hospitals: alone {alone:.3f} (no privacy needed), "
-            f"together {together:.3f}"
+    if concluded.rows:
+        table(
+            SITE_COLUMNS,
+            concluded.rows,
+            title="Accuracy by hospital, exact, with 95 % intervals (simulation only)",
         )
-    verbs = (
-        f"privacy {folder}",
-        f"audit verify {folder}",
-        f"predict {folder / 'model'} FILE",
-    )
-    return [
-        *lines,
-        f"output: {folder}",
-        "next: " + "   |   ".join(f"wardround {verb}" for verb in verbs),
-    ]
-
-
-def _budget_line(result: RunResult) -> str:
-    spent = [(s.epsilon, s.cap) for s in result.sites if s.epsilon is not None]
-    if not spent:
-        return "budgets: none; this study has no differential privacy"
-    held = all(cap is None or e <= cap + 1e-6 for e, cap in spent)
-    most = max(e for e, _ in spent)
-    return f"budgets: {'held' if held else 'EXCEEDED'}, largest epsilon {most:.3f}"
-
-
-def _means(result: RunResult) -> tuple[float | None, float | None]:
-    together = [s.together.accuracy for s in result.sites if s.together is not None]
-    alone = [s.alone.accuracy for s in result.sites if s.alone is not None]
-    if not together or not alone:
-        return None, None
-    return sum(together) / len(together), sum(alone) / len(alone)
-
-
-def summary(outcome: Outcome) -> dict[str, Any]:
-    """The one JSON object of `--json`."""
-    from server.report import metrics_json
-
-    result = outcome.result
-    told = metrics_json(result)
-    return {
-        "rounds_completed": len(result.completed),
-        "rounds_aborted": result.rounds_aborted,
-        "final_metrics": told["final_metrics"],
-        "epsilon": {
-            s.site: {"spent": s.epsilon, "cap": s.cap, "delta": result.privacy.delta}
-            for s in result.sites
-        },
-        "coordinator_saw": {
-            "masked_updates": result.masked_updates,
-            "plain_updates": result.plain_updates,
-        },
-        "audit_verified": result.audit_verified,
-        "wall_seconds": result.wall_seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "output": str(outcome.folder),
-        "warnings": list(outcome.warnings),
-    }
+        say()
+    for line in concluded.lines:
+        say(line)
 
 
 # ---------------------------------------------------------------- plan
@@ -206,22 +191,34 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from common.plan import plan, render
-
     if arguments.study.is_dir():
         from common.bundle import Bundle
+        from common.plan import render
 
         planned = Bundle.load(arguments.study).plan()
+        following = "give the bundle to every hospital, to review and approve"
     else:
-        from server.simulate import preview
+        from common.config import load
+        from common.study import Study
 
-        study, parameters, patients = preview(arguments.study, arguments.parameters)
+        study = load(arguments.study, Study)
+        simulated = study.simulation is not None
+        parameters = arguments.parameters
+        patients: dict[str, int] = {}
+        if simulated or parameters is None:
+            from server.simulate import preview
+
+            study, parameters, patients = preview(study, arguments.study, parameters)
+        from common.plan import plan, render
+
         planned = plan(study, parameters, patients=patients)
+        verb = "simulate" if simulated else "study build"
+        following = f"wardround {verb} {arguments.study}"
     if arguments.json:
         emit_json(planned.to_json())
     else:
         say(render(planned))
-        say(f"next: wardround simulate {arguments.study}")
+        say(f"next: {following}")
     return 0
 
 

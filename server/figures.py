@@ -70,7 +70,7 @@ def _draw_quality(axes: Any, result: RunResult) -> None:
         ("accuracy", _BLUE, "o", "-"),
         ("macro_f1", _ORANGE, "s", "--"),
     ):
-        points = [(r.round, getattr(r.metrics, name)) for r in measured]
+        points = [(r.turn, getattr(r.metrics, name)) for r in measured]
         points = [(number, value) for number, value in points if value is not None]
         if points:
             axes.plot(
@@ -100,11 +100,13 @@ def _draw_quality(axes: Any, result: RunResult) -> None:
 def _draw_aborted(axes: Any, aborted: list[RoundResult]) -> None:
     for index, entry in enumerate(aborted):
         label = "round aborted" if index == 0 else None
-        axes.axvline(entry.round, color=_RED, alpha=0.18, linewidth=5, label=label)
+        axes.axvline(entry.turn, color=_RED, alpha=0.18, linewidth=5, label=label)
 
 
 def _draw_epsilon(axes: Any, result: RunResult) -> None:
-    points = [(r.round, r.epsilon) for r in result.rounds if r.epsilon is not None]
+    points = [(r.turn, r.epsilon) for r in result.completed if r.epsilon is not None]
+    if not points:
+        return
     axes.step(
         *zip(*points, strict=True), where="mid", color=_GREEN, linewidth=1.6, label="ε reserved"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.crypto import labels
-from common.crypto.agree import EphemeralKeys, pair_key
+from common.crypto.agree import EphemeralKeys, encapsulate, pair_key
 from common.crypto.digest import digest
 from common.crypto.identity import verify
 from common.errors import Code, ProtocolError
@@ -26,6 +26,9 @@ from common.protocol.wire import (
     Signed,
     unpack_body,
 )
+
+# Its secrets are public: it only finds out whether a peer's key can be used at all.
+_PROBE = EphemeralKeys(bytes(range(32)), bytes(range(64)))
 
 
 class Opening:
@@ -88,12 +91,28 @@ class Opening:
             raise ProtocolError(Code.HANDSHAKE_STALE, f"The run key of {site} is of another epoch.")
         if site in self._keys:
             return {}
+        self._check_usable(site, statement)
         self._keys[site] = signed
         if self.missing_keys():
             return {}
         bodies = [self._keys[v].body for v in self.members]
         self.transcript = handshake_transcript(opened.study, opened.run, opened.epoch, bodies)
         return {v: self._run_keys() for v in self.members}
+
+    def _check_usable(self, site: str, statement: RunKey) -> None:
+        """Refuse keys that every other member would refuse: its owner is out, not they."""
+        shown = [unpack_body(RunKey, signed) for signed in self._keys.values()]
+        if any(k.x25519 == statement.x25519 or k.mlkem == statement.mlkem for k in shown):
+            raise ProtocolError(
+                Code.HANDSHAKE_DUPLICATE_KEY, f"{site} shows another's key.", culprit=site
+            )
+        try:
+            encapsulate(statement.mlkem)
+            _PROBE.exchange(statement.x25519)
+        except ProtocolError:
+            raise ProtocolError(
+                Code.BAD_AGREEMENT, f"The run key of {site} is malformed or weak.", culprit=site
+            ) from None
 
     def _run_keys(self) -> RunKeys:
         return RunKeys(self._open.epoch, tuple(self._keys[v] for v in self.members))
@@ -159,8 +178,11 @@ class Opening:
         key; whoever signed a tag that does not fit that key is the culprit.
         """
         statement: Dispute = self._verified(site, Dispute, signed)
-        if statement.transcript != self.transcript or statement.peer not in self.members:
+        pair = statement.peer in self.members and statement.peer != site
+        if statement.transcript != self.transcript or not pair:
             raise ProtocolError(Code.HANDSHAKE_TRANSCRIPT, f"{site} disputes another handshake.")
+        if len(self._confirmations) < len(self.members):
+            raise ProtocolError(Code.ROUND_OUT_OF_ORDER, f"{site} disputes what was not shown.")
         self._reveals[site] = statement
         low, high = pair_order(site, statement.peer)
         reveal = self._reveals.get(high)

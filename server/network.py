@@ -6,13 +6,15 @@ to say, the clock skips to the coordinator's next deadline.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from common.errors import ProtocolError
+from common.errors import Code, ProtocolError, StorageError
 from common.protocol.wire import Upload, unpack_from_site
 from common.world import SkippingClock
 from server.driver import CoordinatorDriver
@@ -21,16 +23,29 @@ from server.driver import CoordinatorDriver
 # Twelve deviations never happen by chance; the high bytes of a bare update miss by thousands.
 _UNIFORM_LIMIT = 255 + 12 * 22.6
 _ENOUGH_BYTES = 256
+_COUNTS = 3
+_WORD = 8
 
 
-@dataclass
 class WireTap:
-    """What the coordinator saw: counts uploads whose bytes look masked, and those that do not."""
+    """What the coordinator saw: counts uploads whose bytes look masked, and those that do not.
 
-    max_bytes: int
-    masked: int = 0
-    plain: int = 0
-    bytes_up: int = 0
+    Args:
+        max_bytes: the bound on a message, as the coordinator has it.
+        kept: a file that carries the counts over a crash, or None.
+
+    Guarantee: what a killed process had counted is still counted. Raises StorageError where the
+        file cannot be used.
+    """
+
+    def __init__(self, max_bytes: int, kept: Path | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.masked = 0
+        self.plain = 0
+        self.bytes_up = 0
+        self._kept = kept
+        if kept is not None:
+            self._load(kept)
 
     def see(self, payload: bytes) -> None:
         """Look at one message of a site, as the coordinator receives it."""
@@ -45,15 +60,49 @@ class WireTap:
             self.masked += 1
         else:
             self.plain += 1
+        self._keep()
+
+    def _load(self, path: Path) -> None:
+        try:
+            found = path.read_bytes().split() if path.exists() else []
+            if len(found) == _COUNTS:
+                self.masked, self.plain, self.bytes_up = (int(count) for count in found)
+            if not path.exists():
+                path.write_bytes(self._line())
+        except (OSError, ValueError):
+            raise StorageError(Code.JOURNAL_WRITE, f"{path}: cannot be used.") from None
+
+    def _keep(self) -> None:
+        """One write of a fixed width over the last one: whole after a kill, and never larger."""
+        if self._kept is None:
+            return
+        try:
+            handle = os.open(self._kept, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(handle, self._line(), 0)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            message = f"{self._kept}: cannot be written ({reason})."
+            raise StorageError(Code.JOURNAL_WRITE, message) from None
+
+    def _line(self) -> bytes:
+        return b"%20d %20d %20d\n" % (self.masked, self.plain, self.bytes_up)
 
 
 def _uniform(plane: memoryview) -> bool:
-    """Whether a plane's bytes could be uniform; short planes are judged by every eighth byte too.
+    """Whether a plane's bytes could be uniform.
 
-    A 64-bit word that is not masked has seven nearly constant bytes, so each of the eight
-    byte positions must vary.
+    A word that is not masked has nearly constant high bytes, so every one of the eight byte
+    positions must vary; a long plane must be flat as a whole as well.
     """
     data = np.frombuffer(plane, np.uint8)
+    rows = data.size // _WORD
+    if rows >= _WORD:
+        table = data[: rows * _WORD].reshape(rows, _WORD)
+        if any(np.unique(column).size <= min(rows, 256) // 4 for column in table.T):
+            return False
     if data.size < _ENOUGH_BYTES:
         return bool(np.unique(data).size > data.size // 4)
     counts = np.bincount(data, minlength=256)
@@ -96,6 +145,11 @@ class InProcessNetwork:
         """What a site's transport does."""
         self._queue.append((site, "coordinator", payload))
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody has anything to say, and nobody is down."""
+        return not self._queue and not self._down
+
     def step(self) -> None:
         """Deliver one message, or let the coordinator act on the time."""
         driver = self._driver()
@@ -121,7 +175,7 @@ class InProcessNetwork:
     def _lost(self, name: str, site: SiteHandle) -> bool:
         """Whether a planned accident swallows this delivery: always between Ready and upload."""
         machine = self._driver().machine
-        if machine.phase in {"handshake", "ready", "idle", "new"}:
+        if machine.phase in {"handshake", "ready", "idle", "new", "done"}:
             return False
         current = machine.record.round
         if name in self.crashing.get(current, ()) and name not in self._down:

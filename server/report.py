@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from common.metrics import Intervals, Metrics
 from server.table import amount, duration, epsilon_range
 
 __all__ = [
+    "SITE_COLUMNS",
+    "Conclusion",
     "Evaluation",
     "PrivacyFacts",
     "RoundResult",
     "RunResult",
     "SiteResult",
+    "conclude",
     "metrics_json",
     "model_card",
     "privacy_statement",
+    "site_rows",
     "site_table",
     "write_report",
 ]
@@ -43,11 +47,16 @@ class RoundResult:
     """One round as it is reported.
 
     Units:
+        round: its number in the protocol and in the audit logs, burned rounds counted.
+        turn: which training round it was, or tried to be; the evaluation at the end carries
+            one more than the last.
+        metrics: of the model that the round made; measured in a later round.
         epsilon: largest training epsilon that any site had reserved after the round.
         code: why the round was aborted; None where it completed.
     """
 
     round: int
+    turn: int
     kind: str
     cohort: int
     survivors: int
@@ -87,6 +96,8 @@ class SiteResult:
 
     Units:
         epsilon: spent by its training patients, of `cap`; None without privacy.
+        together, alone: the federated model, and the site's own, on its held-out patients.
+        alone_everywhere: the site's own model on the held-out patients of all sites.
     """
 
     site: str
@@ -98,6 +109,7 @@ class SiteResult:
     patients: int | None = None
     together: Evaluation | None = None
     alone: Evaluation | None = None
+    alone_everywhere: Evaluation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,8 @@ class PrivacyFacts:
         answers: training epsilon by accountant, from the ledger of the site that spent most.
         evaluation_answers: the same for its held-out patients.
         evaluation_noise: Gaussian noise over the sensitivity sqrt(2) of one patient.
+        statistics_noise: the same for the normalisation statistics, over sqrt(3/8 x features); None
+            where the study has none. Their epsilon is part of the training's.
     """
 
     mode: str
@@ -124,6 +138,7 @@ class PrivacyFacts:
     evaluation_releases: int
     evaluation_answers: Mapping[str, float]
     randomness: str
+    statistics_noise: float | None = None
 
     def __post_init__(self) -> None:
         promised = (self.epsilon, self.delta, self.clip_norm, self.noise_multiplier)
@@ -140,6 +155,8 @@ class RunResult:
 
     Units:
         digests in hex. created: ISO 8601, UTC. software: version by package name.
+        everywhere: the final model on the held-out patients of all sites, exact.
+        test: the same where these are the records of the study's test files.
     """
 
     study: str
@@ -165,24 +182,31 @@ class RunResult:
     model_digest: str
     wall_seconds: float
     peak_memory_bytes: int
+    everywhere: Evaluation | None = None
     test: Evaluation | None = None
     central: Evaluation | None = None
     software: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         revealing = [s.together or s.alone or s.patients for s in self.sites]
-        if not self.simulated and (any(revealing) or self.test or self.central):
+        exact = self.everywhere or self.test or self.central
+        if not self.simulated and (any(revealing) or exact):
             raise ValueError("only a simulation may hold one site's metrics or counts")
 
     @property
     def completed(self) -> tuple[RoundResult, ...]:
-        """The rounds that ended with an aggregate."""
-        return tuple(r for r in self.rounds if r.code is None)
+        """The training rounds that ended with an aggregate."""
+        return tuple(r for r in self.rounds if r.code is None and r.kind == "train")
 
     @property
     def rounds_aborted(self) -> int:
         """How many rounds ended without an aggregate."""
-        return len(self.rounds) - len(self.completed)
+        return sum(r.code is not None for r in self.rounds)
+
+    @property
+    def evaluations(self) -> int:
+        """How many rounds ended that only measured the model."""
+        return sum(r.code is None and r.kind == "evaluate" for r in self.rounds)
 
 
 def write_report(folder: Path, result: RunResult) -> tuple[Path, ...]:
@@ -213,6 +237,7 @@ def metrics_json(result: RunResult) -> dict[str, Any]:
         "simulation": result.simulated,
         "rounds_completed": len(result.completed),
         "rounds_aborted": result.rounds_aborted,
+        "evaluation_rounds": result.evaluations,
         "final_metrics": _final_metrics(result),
         "epsilon": {
             site.site: {"spent": site.epsilon, "cap": site.cap, "delta": result.privacy.delta}
@@ -242,7 +267,8 @@ def _final_metrics(result: RunResult) -> dict[str, Any]:
             "The tables below are exact. They exist because one user owns all the data, and the "
             "privacy statement does not cover them."
         )
-        found["sites"] = {site.site: _site_json(site) for site in result.sites}
+        found["per_site"] = {site.site: _site_json(site) for site in result.sites}
+        found["everywhere"] = _evaluation_json(result.everywhere)
         found["test"] = _evaluation_json(result.test)
         found["central"] = _evaluation_json(result.central)
     return found
@@ -261,10 +287,12 @@ def _round_json(entry: RoundResult) -> dict[str, Any]:
 
 
 def _site_json(site: SiteResult) -> dict[str, Any]:
+    """A site's own row: the federated model on its held-out patients, then the comparisons."""
     return {
+        **(_evaluation_json(site.together) or {}),
         "patients": site.patients,
-        "together": _evaluation_json(site.together),
         "alone": _evaluation_json(site.alone),
+        "alone_everywhere": _evaluation_json(site.alone_everywhere),
     }
 
 
@@ -343,7 +371,16 @@ def _guarantee(result: RunResult) -> dict[str, Any]:
     facts = result.privacy
     spent = [site.epsilon for site in result.sites if site.epsilon is not None]
     reserved = max((site.rounds_reserved for site in result.sites), default=0)
+    normalisation: dict[str, Any] = {}
+    if facts.statistics_noise is not None:
+        normalisation["normalisation"] = {
+            "name": "Gaussian mechanism on sums, squares and counts of numeric features, "
+            "sensitivity sqrt(3/8 x features)",
+            "noise_multiplier": facts.statistics_noise,
+            "charged_to": "training patients",
+        }
     return {
+        **normalisation,
         "unit": "patient",
         "relation": "add-or-remove-one patient, at one hospital",
         "epsilon_target": facts.epsilon,
@@ -413,8 +450,7 @@ def _card_head(result: RunResult) -> str:
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
-            "pipeline_tag: text-classification",
+            *_card_tags(result),
             "tags: [federated-learning, differential-privacy, secure-aggregation]",
             "---",
             "",
@@ -432,6 +468,12 @@ def _card_head(result: RunResult) -> str:
             f"- Study digest: `{result.study_digest}`",
         ]
     )
+
+
+def _card_tags(result: RunResult) -> list[str]:
+    if result.task == "tabular":
+        return ["library_name: wardround", "pipeline_tag: tabular-classification"]
+    return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 
 def _card_training(result: RunResult) -> str:
@@ -519,10 +561,19 @@ def _card_quality(result: RunResult) -> str:
         f"| {row.support:.0f} |"
         for row in final.classes
     ]
-    for name, found in (("Test files", result.test), ("Trained centrally", result.central)):
+    for name, found in (
+        ("Test files, exact", result.test),
+        ("Trained centrally", result.central),
+    ):
         if found is not None:
             lines += ["", f"{name}: {_sentence(found)}."]
     return "\n".join(lines)
+
+
+SITE_COLUMNS = (
+    *("hospital", "patients", "held out", "alone", "together"),
+    *("alone, everywhere", "ε spent"),
+)
 
 
 def site_table(result: RunResult) -> str:
@@ -531,33 +582,178 @@ def site_table(result: RunResult) -> str:
     Raises:
         ValueError: the run was no simulation.
     """
-    if not result.simulated:
-        raise ValueError("a per-site table exists only in a simulation")
     lines = [
         "## By hospital (simulation only)",
         "",
         (
-            "Exact numbers with 95 % bootstrap intervals. They exist because one user owns all the "
-            "data here; a real run never shows them, and no promise above covers them."
+            "Accuracy on the hospital's own held-out patients, exact, with 95 % bootstrap "
+            "intervals; `alone, everywhere` is the hospital's own model on the held-out patients "
+            "of all hospitals. One user owns all the data here; a real run never shows these "
+            "numbers, and no promise above covers them."
         ),
         "",
-        "| hospital | patients | held out | alone | together | ε spent |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(SITE_COLUMNS)} |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for site in result.sites:
-        found = site.together or site.alone
-        epsilon = "-" if site.epsilon is None else f"{site.epsilon:.2f} of {site.cap:g}"
-        count = _or_dash(None if found is None else found.n)
-        lines.append(
-            f"| {site.site} | {_or_dash(site.patients)} | {count} "
-            f"| {_cell(site.alone)} | {_cell(site.together)} | {epsilon} |"
-        )
-    both = [(s.alone, s.together) for s in result.sites if s.alone and s.together]
-    if both:
-        alone = math.fsum(pair[0].accuracy for pair in both) / len(both)
-        together = math.fsum(pair[1].accuracy for pair in both) / len(both)
-        lines.append(f"| **mean** | | | **{alone:.3f}** | **{together:.3f}** | |")
+    lines += [f"| {' | '.join(row)} |" for row in site_rows(result, cell=_cell)]
+    if result.everywhere is not None:
+        lines += ["", f"Together, everywhere: {_sentence(result.everywhere)}."]
     return "\n".join(lines)
+
+
+def site_rows(
+    result: RunResult, *, cell: Callable[[Evaluation | None], str]
+) -> list[tuple[str, ...]]:
+    """The rows of `SITE_COLUMNS`, the mean last; `cell` writes one accuracy.
+
+    Raises:
+        ValueError: the run was no simulation.
+    """
+    if not result.simulated:
+        raise ValueError("a per-site table exists only in a simulation")
+    rows = [_site_row(site, cell) for site in result.sites]
+    means = [
+        _mean([getattr(site, name) for site in result.sites])
+        for name in ("alone", "together", "alone_everywhere")
+    ]
+    if any(mean is not None for mean in means):
+        rows.append(("mean", "", "", *("-" if m is None else f"{m:.3f}" for m in means), ""))
+    return rows
+
+
+def _site_row(site: SiteResult, cell: Callable[[Evaluation | None], str]) -> tuple[str, ...]:
+    found = site.together or site.alone
+    return (
+        site.site,
+        _or_dash(site.patients),
+        _or_dash(None if found is None else found.n),
+        cell(site.alone),
+        cell(site.together),
+        cell(site.alone_everywhere),
+        "-" if site.epsilon is None else f"{site.epsilon:.2f} of {site.cap:g}",
+    )
+
+
+def _mean(found: Sequence[Evaluation | None]) -> float | None:
+    values = [one.accuracy for one in found if one is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+# ----------------------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What a command prints when a run is over; kept, so that it can be printed again.
+
+    Attributes:
+        summary: the object of `--json`.
+        rows: the per-site table, under `SITE_COLUMNS`.
+        lines: what was seen, verified, spent and reached, and what to type next.
+        good: nothing readable was seen, the audit logs verify and no budget was passed.
+    """
+
+    summary: Mapping[str, Any]
+    rows: tuple[tuple[str, ...], ...]
+    lines: tuple[str, ...]
+    good: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Conclusion:
+        """The conclusion in what `to_json` gave. Raises ValueError where it is not one."""
+        try:
+            rows = tuple(tuple(row) for row in found["rows"])
+            return Conclusion(found["summary"], rows, tuple(found["lines"]), found["good"])
+        except (KeyError, TypeError) as error:
+            raise ValueError("not the conclusion of a run") from error
+
+
+def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclusion:
+    """What `result`, written to `folder`, is to say on the screen and in `--json`."""
+    held = _budgets_held(result)
+    good = result.audit_verified and not result.plain_updates and held
+    told = metrics_json(result)
+    summary = {
+        **{name: told[name] for name in _SUMMARY},
+        "output": str(folder),
+        "warnings": list(warnings),
+    }
+    verbs = [f"privacy {folder}", f"audit verify {folder}", f"predict {folder / 'model'} FILE"]
+    if result.privacy.mode == "none":
+        del verbs[0]
+    lines = [
+        f"rounds: {len(result.completed)} completed, {result.rounds_aborted} aborted",
+        f"coordinator saw: {result.masked_updates} masked updates, {result.plain_updates} readable",
+        f"audit logs: {'verified' if result.audit_verified else 'NOT VERIFIED'}",
+        _budget_line(result, held=held),
+        *_quality_lines(result),
+        f"output: {folder}",
+        *(f"next: wardround {verb}" for verb in verbs),
+        "verdict: " + _verdict(result, held=held),
+    ]
+    rows = tuple(site_rows(result, cell=_short_cell)) if result.simulated else ()
+    return Conclusion(summary, rows, tuple(lines), good)
+
+
+_SUMMARY = (
+    *("rounds_completed", "rounds_aborted", "evaluation_rounds", "final_metrics", "epsilon"),
+    *("coordinator_saw", "audit_verified", "wall_seconds", "peak_memory_bytes"),
+)
+
+
+def _budgets_held(result: RunResult) -> bool:
+    return all(
+        site.epsilon is None or site.cap is None or site.epsilon <= site.cap + 1e-6
+        for site in result.sites
+    )
+
+
+def _budget_line(result: RunResult, *, held: bool) -> str:
+    spent = [site.epsilon for site in result.sites if site.epsilon is not None]
+    if not spent:
+        return "budgets: none; this study has no differential privacy"
+    said = "held" if held else "EXCEEDED"
+    cap = max(site.cap or 0.0 for site in result.sites)
+    return f"budgets: {said}, at most epsilon {max(spent):.2f} of {cap:g} for any patient"
+
+
+def _quality_lines(result: RunResult) -> list[str]:
+    alone = _mean([site.alone for site in result.sites])
+    own = _mean([site.together for site in result.sites])
+    wide = _mean([site.alone_everywhere for site in result.sites])
+    lines = []
+    if own is not None:
+        compared = "" if alone is None else f"alone {alone:.3f}, "
+        lines.append(f"accuracy on a hospital's own patients (mean): {compared}together {own:.3f}")
+    if result.everywhere is not None:
+        compared = "" if wide is None else f"alone {wide:.3f} (mean), "
+        together = result.everywhere.accuracy
+        lines.append(f"accuracy on everybody's patients: {compared}together {together:.3f}")
+    return lines
+
+
+def _verdict(result: RunResult, *, held: bool) -> str:
+    faults = []
+    if result.plain_updates:
+        faults.append(f"the coordinator could read {result.plain_updates} updates")
+    if not result.audit_verified:
+        faults.append("the audit logs do not verify")
+    if not held:
+        faults.append("a privacy budget was exceeded")
+    if faults:
+        return "NOT GOOD: " + "; ".join(faults)
+    unread = "nobody's update was readable, the audit logs verify"
+    private = "" if result.privacy.mode == "none" else ", every privacy budget held"
+    wide = _mean([site.alone_everywhere for site in result.sites])
+    gain = ""
+    if wide is not None and result.everywhere is not None:
+        points = 100 * (result.everywhere.accuracy - wide)
+        gain = f"; together {points:+.1f} points on everybody's patients against alone"
+    return f"{unread}{private}{gain}"
 
 
 def _card_limits(result: RunResult) -> str:
@@ -587,6 +783,14 @@ def _cell(found: Evaluation | None) -> str:
         return "-"
     low, high = found.intervals.accuracy
     return f"{found.accuracy:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _short_cell(found: Evaluation | None) -> str:
+    """For a narrow screen: half the width of the interval behind the number."""
+    if found is None:
+        return "-"
+    low, high = found.intervals.accuracy
+    return f"{found.accuracy:.2f} ±{(high - low) / 2:.2f}"
 
 
 def _or_dash(value: int | None) -> str:

@@ -36,10 +36,10 @@ from common.protocol.terms import METRIC_LANE, Terms
 from common.protocol.transcript import (
     Chain,
     advance,
+    certified_survivors,
     dump_state,
     head_digest,
     header_hash,
-    link_hashes,
     load_state,
     participants_hash,
     split_planes,
@@ -84,7 +84,9 @@ from server.handshake import Opening
 from server.unmask import OpenRound, check_unmask, open_sum
 
 RESENDS_PER_PHASE = 4
-_READY_BLOB, _SUM_BLOB, _LINK_BLOB, _BASE_BLOB = "ready", "sums", "link", "base"
+_READY_BLOB, _SUM_BLOB = "ready", "sums"
+# Budget, approval, or the run's end at a site: it will say the same of the next round.
+_WITHDRAWS = ("WR-30", "WR-31", Code.RUN_ENDED.label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +261,13 @@ class CoordinatorRound:
         self._heads: dict[str, Head] = {}
         self._sums: list[Words] = []
         self._unmasks: dict[str, Unmask] = {}
+        self._known: dict[str, bytes] = {}
+        self._accusers: dict[str, set[str]] = {}
         self._burns: dict[str, Signed] = {}
         self._absent: set[str] = set()
         self._joining: set[str] = set()
         self._declined: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._behind: set[str] = set()
         self._bytes_up = 0
         self._deadline = 0.0
@@ -273,7 +278,7 @@ class CoordinatorRound:
     def _restore(self, blob: Callable[[str], bytes | None]) -> None:
         """Rebuild what the record's phase needs from the blobs."""
         seen = self.record
-        link, base = blob(_LINK_BLOB), blob(_BASE_BLOB)
+        link, base = (blob(name) for name in _chain_blobs(seen.version))
         if seen.version and link is not None and base is not None:
             value = decode(link, max_bytes=self._terms.upload_bytes() * 2, views=True)
             self._link = load_record(Link, value)
@@ -392,9 +397,11 @@ class CoordinatorRound:
         kind, message = unpack_from_site(payload, self._terms.upload_bytes())
         if site not in self._terms.roster:
             raise ProtocolError(Code.SIGNER_UNKNOWN, f"{site} is not a party of this study.")
-        back = site in self._absent
+        back = site in self._absent and site not in self.record.convicted
         handler = self._HANDLERS[kind]
         effects = handler(self, site, message, now)
+        if self.record.phase != "handshake" and site not in self.record.members:
+            self._joining.add(site)
         if back:
             self._absent.discard(site)
             note = Note("site.returned", {"site": site, "round": self.record.round})
@@ -459,9 +466,16 @@ class CoordinatorRound:
 
     def _open_epoch(self, now: float, members: set[str] | None = None) -> list[Effect]:
         parties = set(self._terms.parties)
-        chosen = (parties - self._absent) if members is None else members
+        admitted = parties - self._out
+        if len(admitted) < self._terms.quorum:
+            convicted = len(parties - set(self.record.convicted)) < self._terms.quorum
+            raise AbortedRound(
+                Code.DISPUTE_LOST if convicted else Code.QUORUM_LOST,
+                f"{', '.join(sorted(self._out))} refused to go on or broke the protocol.",
+            )
+        chosen = (admitted - self._absent) if members is None else members & admitted
         if len(chosen) < self._terms.quorum:
-            chosen = parties
+            chosen = admitted
         epoch = self.record.epoch + 1
         self._opening = Opening(
             self._terms, self.record.study, self.record.run, epoch, tuple(sorted(chosen))
@@ -510,6 +524,7 @@ class CoordinatorRound:
             return []
         self._progress()
         self._opening = None
+        self._joining -= set(opening.members)
         kept = self._persist(members=opening.members, transcript=opening.transcript, phase="idle")
         note = Note(
             "handshake.completed",
@@ -526,9 +541,7 @@ class CoordinatorRound:
         culprit, requests = self._opening.dispute(site, message)
         if culprit is None:
             return [SendTo(v, pack(request)) for v, request in requests.items()]
-        convicted = (*self.record.convicted, culprit)
-        self._absent.add(culprit)
-        kept = self._persist(convicted=convicted)
+        kept = self._exclude(culprit)
         note = Note(
             "peer.refused",
             {
@@ -548,7 +561,11 @@ class CoordinatorRound:
     def _begin_round(self, now: float) -> list[Effect]:
         if self.chain.turn > self._terms.turns + 1:
             return self._finish()
-        if self._joining - set(self.record.members):
+        # A round that cannot reach the quorum would cost every hospital its budget for
+        # nothing: shake hands first with whoever is there.
+        members = set(self.record.members)
+        few = len(members - self._absent - self._out) < self._terms.quorum
+        if few or self._joining or members & set(self.record.convicted):
             return self._open_epoch(now)
         number = self.record.round + 1
         if number > self._terms.rounds:
@@ -559,6 +576,7 @@ class CoordinatorRound:
         self._ready, self._heads, self._sums = {}, {}, []
         self._unmasks, self._burns, self._declined = {}, {}, set()
         self._bytes_up = 0
+        self._known = {}
         kept = self._persist(round=number, phase="ready", receipts={}, agreements={})
         self._set_timers(now)
         note = Note(
@@ -566,7 +584,7 @@ class CoordinatorRound:
             {
                 "round": number,
                 "kind": self._terms.kind(self.chain.turn),
-                "header": header_hash(self._header).hex(),
+                "header": self._hashed.hex(),
                 "model": self.chain.state_digest.hex(),
                 "cohort": self.record.members,
             },
@@ -594,6 +612,9 @@ class CoordinatorRound:
         head: Head = unpack_body(Head, message.head)
         if head.site != site or head.round != seen.round:
             raise ProtocolError(Code.ROUND_OUT_OF_ORDER, f"A Ready of {site} is out of order.")
+        signature = message.head.signature
+        if not verify(self._terms.roster[site], signature, Head.LABEL, message.head.body):
+            raise ProtocolError(Code.HEAD_SIGNATURE, f"The head of {site} is forged.")
         known = self._ready.get(site)
         if known is not None and known.head.body != message.head.body:
             raise ProtocolError(
@@ -609,10 +630,7 @@ class CoordinatorRound:
         return self._close_ready(now)
 
     def _check_ready(self, site: str, head: Head, message: Ready) -> None:
-        signature = message.head.signature
-        if not verify(self._terms.roster[site], signature, Head.LABEL, message.head.body):
-            raise ProtocolError(Code.HEAD_SIGNATURE, f"The head of {site} is forged.")
-        if site not in self.record.members or head.header != header_hash(self._header):
+        if site not in self.record.members or head.header != self._hashed:
             raise ProtocolError(Code.HEAD_MISMATCH, f"{site} is on another round.", culprit=site)
         peers = set(self.record.members) - {site}
         exact = set(head.pairs) == peers and set(message.shares) == peers
@@ -650,11 +668,13 @@ class CoordinatorRound:
                     if v < x and head.pairs[x][:TAG_BYTES] != other.pairs[v][:TAG_BYTES]:
                         conflicts[v] += 1
                         conflicts[x] += 1
-            worst = max(sorted(conflicts), key=lambda v: conflicts[v], default=None)
-            if worst is None or conflicts[worst] == 0:
+            most = max(conflicts.values(), default=0)
+            if most == 0:
                 return
-            del self._ready[worst], self._heads[worst]
-            self._joining.add(worst)
+            # Nobody can tell who of a pair lies: both go, so a liar leaves with its victim.
+            for v in [v for v, count in conflicts.items() if count == most]:
+                del self._ready[v], self._heads[v]
+                self._joining.add(v)
 
     def _dropped(self, site: str, phase: str) -> Note:
         self._absent.add(site)
@@ -663,9 +683,26 @@ class CoordinatorRound:
     # ------------------------------------------------------------ uploads
 
     @property
+    def _hashed(self) -> bytes:
+        """The header hash of the round."""
+        if "header" not in self._known:
+            self._known["header"] = header_hash(self._header)
+        return self._known["header"]
+
+    @property
     def _participants(self) -> bytes:
-        heads = {v: head_digest(r.head) for v, r in self._ready.items()}
-        return participants_hash(header_hash(self._header), heads)
+        """The participants hash of the round, fixed once the upload phase began."""
+        if "participants" not in self._known:
+            heads = {v: head_digest(r.head) for v, r in self._ready.items()}
+            self._known["participants"] = participants_hash(self._hashed, heads)
+        return self._known["participants"]
+
+    @property
+    def _survivors(self) -> bytes:
+        """The survivors hash of the round, fixed once the agree phase began."""
+        if "survivors" not in self._known:
+            self._known["survivors"] = survivors_hash(self._participants, self._roots)
+        return self._known["survivors"]
 
     def _participants_for(self, site: str) -> bytes:
         return pack(
@@ -726,7 +763,7 @@ class CoordinatorRound:
             seen.run,
             seen.round,
             site,
-            survivors_hash(self._participants, self._roots),
+            self._survivors,
         )
         fields = (agree.study, agree.run, agree.round, agree.site, agree.survivors)
         valid = verify(self._terms.roster[site], message.signature, Agree.LABEL, message.body)
@@ -754,7 +791,7 @@ class CoordinatorRound:
             return []
         unmask: Unmask = unpack_body(Unmask, message)
         opened = self._open_round()
-        survivors = survivors_hash(self._participants, self._roots)
+        survivors = self._survivors
         valid = verify(self._terms.roster[site], message.signature, Unmask.LABEL, message.body)
         if not valid or unmask.site != site or unmask.survivors != survivors:
             raise ProtocolError(Code.MESSAGE_SIGNATURE, f"The shares of {site} are not for now.")
@@ -766,7 +803,7 @@ class CoordinatorRound:
 
     def _open_round(self) -> OpenRound:
         return OpenRound(
-            header_hash(self._header),
+            self._hashed,
             self._participants,
             self.record.members,
             self._heads,
@@ -792,7 +829,7 @@ class CoordinatorRound:
         )
         self._base, self._link = self.chain, link
         self.chain = advance(self._terms, self._base, link, state_digest)
-        survivors, following = link_hashes(link)
+        survivors = certified_survivors(link)
         seen = self.record
         completed = Completed(
             seen.round,
@@ -809,7 +846,7 @@ class CoordinatorRound:
                 "round": seen.round,
                 "kind": link.header.kind,
                 "uh2": survivors.hex(),
-                "commit": following.hex(),
+                "commit": self.chain.prev.hex(),
                 "model": self.chain.state_digest.hex(),
                 "survivors": opened.survivors,
                 "dropouts": opened.dropouts,
@@ -817,12 +854,15 @@ class CoordinatorRound:
                 "bytes_up": self._bytes_up,
             },
         )
+        # Under this round's own names: until the record says so, the last round's still count.
+        link_blob, base_blob = _chain_blobs(seen.round)
         blobs: list[Effect] = [
-            PutBlob(_BASE_BLOB, (dump_state(self._terms, self._base.state),)),
-            PutBlob(_LINK_BLOB, (encode(dump_record(link)),)),
+            PutBlob(base_blob, (dump_state(self._terms, self._base.state),)),
+            PutBlob(link_blob, (encode(dump_record(link)),)),
         ]
+        old = _chain_blobs(seen.version)
         kept = self._persist(phase="idle", version=seen.round, burns=(), uncertified=0)
-        drops: list[Effect] = [DropBlob(_READY_BLOB), DropBlob(_SUM_BLOB)]
+        drops: list[Effect] = [DropBlob(name) for name in (_READY_BLOB, _SUM_BLOB, *old)]
         return [*blobs, kept, *drops, note, completed, *self._begin_round(now)]
 
     def _metrics(self, link: Link) -> NDArray[np.int64] | None:
@@ -833,9 +873,10 @@ class CoordinatorRound:
 
     def _convict(self, now: float, error: ProtocolError) -> list[Effect]:
         """A dealer's shares are provably wrong: the round stays undecided, the dealer is out."""
-        culprit = error.culprit or ""
-        self._absent.add(culprit)
-        kept = self._persist(convicted=(*self.record.convicted, culprit))
+        culprit = error.culprit
+        if culprit is None:
+            raise AssertionError("a sum that does not open names the dealer") from error
+        kept = self._exclude(culprit)
         note = Note(
             "peer.refused",
             {
@@ -845,6 +886,16 @@ class CoordinatorRound:
             },
         )
         return [kept, note, *self._leave_undecided(now)]
+
+    @property
+    def _out(self) -> set[str]:
+        """Sites without which the run goes on: convicted, or they said that they stop."""
+        return self._withdrawn | set(self.record.convicted)
+
+    def _exclude(self, culprit: str) -> Persist:
+        """A convicted site takes no further part in this run."""
+        self._absent.add(culprit)
+        return self._persist(convicted=tuple(sorted({*self.record.convicted, culprit})))
 
     # ------------------------------------------------------------ when a phase is over
 
@@ -959,9 +1010,13 @@ class CoordinatorRound:
 
     def _on_hello(self, site: str, message: Signed, now: float) -> list[Effect]:
         hello: Hello = unpack_body(Hello, message)
-        if not verify(self._terms.roster[site], message.signature, Hello.LABEL, message.body):
+        valid = verify(self._terms.roster[site], message.signature, Hello.LABEL, message.body)
+        if not valid or (hello.study, hello.site) != (self.record.study, site):
             raise ProtocolError(Code.MESSAGE_SIGNATURE, f"The hello of {site} is forged.")
+        if site in self.record.convicted:
+            return []
         self._absent.discard(site)
+        self._withdrawn.discard(site)
         if hello.version < self.record.version:
             self._behind.add(site)
         seen = self.record
@@ -983,13 +1038,16 @@ class CoordinatorRound:
 
     def _on_refusal(self, site: str, message: Signed, now: float) -> list[Effect]:
         refusal: Refusal = unpack_body(Refusal, message)
-        if not verify(self._terms.roster[site], message.signature, Refusal.LABEL, message.body):
+        valid = verify(self._terms.roster[site], message.signature, Refusal.LABEL, message.body)
+        if not valid or (refusal.study, refusal.site) != (self.record.study, site):
             raise ProtocolError(Code.MESSAGE_SIGNATURE, f"The refusal of {site} is forged.")
         seen = self.record
-        if refusal.code == Code.BASE_NEEDED.label and seen.phase == "ready":
+        if refusal.code == Code.BASE_NEEDED.label and seen.phase in {"ready", "done"}:
             if site in self._behind:
                 return []
             self._behind.add(site)
+            if seen.phase == "done":
+                return [SendTo(site, self._finished(with_base=True))]
             return self._resend({site})
         fields: dict[str, str | int | tuple[str, ...]] = {
             "site": site,
@@ -998,11 +1056,28 @@ class CoordinatorRound:
             "phase": seen.phase,
         }
         note: list[Effect] = [Note("peer.refused", fields)] if _is_code(refusal.code) else []
+        note += self._accused(refusal.culprit, site)
         if refusal.code == Code.HANDSHAKE_INCOMPLETE.label:
             self._joining.add(site)
-        if seen.phase in {"ready", "upload"} and refusal.round <= seen.round:
+        if refusal.code.startswith(_WITHDRAWS):
+            self._withdrawn.add(site)
+        if seen.phase in {"ready", "upload"} and refusal.round == seen.round:
             return [*note, *self._without(site, now)]
         return note
+
+    def _accused(self, culprit: str, accuser: str) -> list[Effect]:
+        """Write down who blames whom; a site blamed by more than may conspire is left out.
+
+        A single accuser may lie, so nothing follows from one but the record of it.
+        """
+        if culprit not in self._terms.roster or culprit == accuser:
+            return []
+        accusers = self._accusers.setdefault(culprit, set())
+        accusers.add(accuser)
+        note = Note("peer.refused", {"site": culprit, "code": Code.PEER_ACCUSED.label})
+        if len(accusers) <= self._terms.colluders:
+            return [note]
+        return [note, self._exclude(culprit)]
 
     def _without(self, site: str, now: float) -> list[Effect]:
         """Go on without a site that refused this phase."""
@@ -1018,7 +1093,7 @@ class CoordinatorRound:
         note = Note(
             "run.finished",
             {
-                "rounds_completed": self.chain.turn - 1,
+                "rounds_completed": self.chain.turn - self._terms.first_turn,
                 "rounds_aborted": self.record.aborted,
                 "model": self.chain.state_digest.hex(),
             },
@@ -1089,6 +1164,11 @@ class CoordinatorRound:
         Hello: _on_hello,
         Refusal: _on_refusal,
     }
+
+
+def _chain_blobs(version: int) -> tuple[str, str]:
+    """Where the link of a completed round and the state it trained from are kept."""
+    return f"link-{version}", f"base-{version}"
 
 
 def _is_code(label: str) -> bool:

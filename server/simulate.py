@@ -2,11 +2,6 @@
 
 It divides data, makes keys, connects hospitals and coordinator, and writes the output folder.
 It contains no protocol: every byte that a hospital sends here it would send over a network.
-
-    OUT/study.yaml            the study, as resumed from
-    OUT/state/                coordinator, sites (keys, journals, ledgers), bundle, history
-    OUT/audit/                one log per party, and the public keys
-    OUT/model/ metrics.json privacy.json MODEL_CARD.md plots/ manifest.json
 """
 
 from __future__ import annotations
@@ -15,8 +10,9 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,21 +25,22 @@ from client.site import (
     Site,
     SiteSetup,
     built_parameters,
+    forecast,
     open_federation,
     open_ledger,
     open_site,
     site_key,
     write_demo,
 )
-from common.audit import AuditLog, run_audit_verify, write_keys
+from common.audit import AuditLog, Value, run_audit_verify, write_keys
 from common.bundle import Bundle
 from common.config import load
 from common.crypto.identity import SiteKey
-from common.errors import Code, StorageError
-from common.evidence import AuditEvidence
-from common.ids import short
-from common.metrics import Metrics, bootstrap_interval, metrics_from_words, words_from_counts
-from common.plan import evaluation_rounds
+from common.errors import AbortedRound, Code, StorageError, WardroundError
+from common.evidence import AuditEvidence, Evidence
+from common.logs import ALLOWED, Log, open_log
+from common.metrics import bootstrap_interval, metrics_from_words, words_from_counts
+from common.plan import evaluation_rounds, plan
 from common.protocol.transcript import Chain
 from common.strategy import model_tensors
 from common.study import Study
@@ -56,13 +53,17 @@ from common.world import (
     write_durably,
 )
 from server.driver import CoordinatorDriver
+from server.folder import Paths, keep_study, kept_json, origin, require_room, study_of
+from server.history import History
 from server.network import InProcessNetwork, SiteHandle, WireTap
 from server.report import (
+    Conclusion,
     Evaluation,
     PrivacyFacts,
     RoundResult,
     RunResult,
     SiteResult,
+    conclude,
     write_report,
 )
 from server.round import Aborted, Completed, CoordinatorRound, Deadlines
@@ -73,101 +74,90 @@ if TYPE_CHECKING:
 
 # Deadlines that brought nothing, in a row, before a simulation says what it waits for.
 PATIENCE = 6
-STUDY_FILE = "study.yaml"
+# How often, at most, a live view is redrawn within a phase.
+REDRAW_SECONDS = 0.1
+# What a phase is called on the screen.
+PHASES = {
+    "handshake": "handshake",
+    "ready": "training",
+    "upload": "masked uploads",
+    "agree": "agreeing on the survivors",
+    "unmask": "opening the sum",
+    "burn": "burning the round",
+}
 RANDOMNESS = "AES-256-CTR keyed by the operating system (os.urandom), noise rounded to a grid"
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The output folder's places."""
-
-    root: Path
-
-    @property
-    def state(self) -> Path:
-        """Everything that a resume needs."""
-        return self.root / "state"
-
-    @property
-    def bundle(self) -> Path:
-        """The study bundle."""
-        return self.state / "bundle"
-
-    @property
-    def audit(self) -> Path:
-        """The audit logs."""
-        return self.root / "audit"
-
-    @property
-    def model(self) -> Path:
-        """The Hugging Face folder."""
-        return self.root / "model"
-
-    @property
-    def history(self) -> Path:
-        """One line per round, for the learning curve."""
-        return self.state / "history.jsonl"
-
-    def site(self, name: str) -> Path:
-        """A hospital's own folder."""
-        return self.state / "sites" / name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a simulation ended with."""
-
-    result: RunResult
-    folder: Path
-    warnings: tuple[str, ...]
-
-
-def simulate(config: Path, out: Path, *, view: RunView, device: str = "auto") -> Outcome:
+def simulate(
+    config: Path, out: Path, *, view: RunView, device: str = "auto", compare: bool = True
+) -> Conclusion:
     """Run a study's simulation from the start.
+
+    Args:
+        config: the study; it may lie in `out`, with its data.
+        out: the output folder; holds no run yet.
+        view: where the run shows itself.
+        device: auto, cpu or cuda.
+        compare: whether every hospital also trains alone, at the end.
 
     Raises ConfigError, DataError, RefusedError, AbortedRound, StorageError; what was reached
     lies in `out` and `resume` goes on from there.
     """
     study = load(config, Study)
     paths = Paths(out)
-    if out.exists() and any(out.iterdir()):
-        raise StorageError(
-            Code.OUTPUT_NOT_EMPTY,
-            f"{out}: is not empty.",
-            remedy=f"Name another folder with --out, or type: wardround resume {out}",
-        )
+    require_room(paths, study, config)
+    view.note("reading the data and the backbone")
     federation = open_federation(study, config, device=device)
-    paths.state.mkdir(parents=True)
-    _keep_study(config, paths)
-    return _run(federation, federation.build_bundle(), paths, view, device)
+    bundle = federation.build_bundle()
+    keep_study(config, paths, compare=compare)
+    with _guided(paths):
+        return _run(federation, bundle, paths, view, device)
 
 
-def resume(out: Path, *, view: RunView, device: str = "auto") -> Outcome:
-    """Go on with a simulation after any interruption. Raises as `simulate`."""
+def resume(out: Path, *, view: RunView, device: str = "auto") -> Conclusion:
+    """Go on with a simulation after any interruption; of a finished one, say its end again.
+
+    Raises as `simulate`.
+    """
     paths = Paths(out)
-    if not (paths.state / STUDY_FILE).is_file():
-        raise StorageError(Code.NOT_A_RUN, f"{out}: there is no run to resume here.")
-    where = json.loads((paths.state / "origin.json").read_text())
-    study = load(paths.state / STUDY_FILE, Study)
-    federation = open_federation(study, Path(where["config"]), device=device)
+    study = study_of(out)
+    if paths.conclusion.exists():
+        return Conclusion.from_json(kept_json(paths.conclusion))
+    view.note("reading the data and the backbone")
+    federation = open_federation(study, origin(paths)[0], device=device)
     _require_same_inputs(federation.manifest, paths)
-    bundle = (
-        Bundle.load(paths.bundle)
-        if (paths.bundle / "bundle.json").exists()
-        else federation.build_bundle()
-    )
-    return _run(federation, bundle, paths, view, device)
+    with _guided(paths):
+        bundle = (
+            Bundle.load(paths.bundle)
+            if (paths.bundle / "bundle.json").exists()
+            else federation.build_bundle()
+        )
+        return _run(federation, bundle, paths, view, device)
 
 
-def _keep_study(config: Path, paths: Paths) -> None:
-    shutil.copyfile(config, paths.state / STUDY_FILE)
-    origin = {"config": str(config.resolve())}
-    write_durably(paths.state / "origin.json", [json.dumps(origin).encode()])
+@contextmanager
+def _guided(paths: Paths) -> Iterator[None]:
+    """Every fault that leaves a run to resume says how, and is in the log."""
+    try:
+        yield
+    except WardroundError as error:
+        _log_fault(paths, error)
+        if isinstance(error, AbortedRound | StorageError):
+            remedy = f"{error.remedy} Then type: wardround resume {paths.root}"
+            raise type(error)(error.code, error.message, remedy=remedy) from error
+        raise
+
+
+def _log_fault(paths: Paths, error: WardroundError) -> None:
+    try:
+        open_log(paths.log).error("run.failed", code=error.code)
+    except StorageError:
+        return  # the disk is what failed, and the fault itself is on its way to the reader
 
 
 def _require_same_inputs(manifest: Mapping[str, Any], paths: Paths) -> None:
-    kept = paths.root / "manifest.json"
-    if kept.exists() and json.loads(kept.read_text())["inputs"] != manifest["inputs"]:
+    kept = paths.manifest
+    if kept.exists() and kept_json(kept)["inputs"] != manifest["inputs"]:
         raise StorageError(
             Code.INPUTS_CHANGED,
             "The data files differ from those the run began with.",
@@ -177,19 +167,41 @@ def _require_same_inputs(manifest: Mapping[str, Any], paths: Paths) -> None:
 
 def _run(
     federation: Federation, bundle: Bundle, paths: Paths, view: RunView, device: str
-) -> Outcome:
+) -> Conclusion:
     started = time.monotonic()
-    bundle.save(paths.bundle)
-    write_durably(
-        paths.root / "manifest.json", [json.dumps(federation.manifest, indent=1).encode()]
-    )
+    if not (paths.bundle / "bundle.json").exists():
+        bundle.save(paths.bundle)
+    manifest = json.dumps(federation.manifest, indent=1, ensure_ascii=False)
+    write_durably(paths.manifest, [manifest.encode()])
     run = _Run(federation, bundle, paths, view, device)
     try:
         run.play()
         result = run.finish(started)
     finally:
         run.close()
-    return Outcome(result, paths.root, federation.warnings)
+    if bundle.study.privacy.mode != "none":
+        forecast(paths.root)
+    concluded = conclude(result, paths.root, federation.warnings)
+    write_durably(paths.conclusion, [json.dumps(concluded.to_json()).encode()])
+    return concluded
+
+
+class _Witnessed:
+    """The coordinator's evidence: into its audit log, into the log, and to whoever watches."""
+
+    def __init__(self, audit: Evidence, log: Log) -> None:
+        self._audit = audit
+        self._log = log
+        self.declined: dict[str, str] = {}
+
+    def record(self, event: str, fields: Mapping[str, Value]) -> None:
+        """Append one event, and remember who declined the round and why."""
+        self._audit.record(event, fields)
+        self._log.info(event, **{key: fields[key] for key in fields if key in ALLOWED})
+        if event == "round.started":
+            self.declined = {}
+        if event == "peer.refused":
+            self.declined[str(fields["site"])] = str(fields["code"])
 
 
 class _Run:
@@ -209,16 +221,21 @@ class _Run:
         self._roster = publics
         terms = bundle.terms(publics)
         self._clock = SkippingClock()
-        self._tap = WireTap(terms.upload_bytes())
+        self._tap = WireTap(terms.upload_bytes(), paths.state / "wire")
         self._network = InProcessNetwork(self._clock, self._tap)
         self._sites: dict[str, Site] = {}
         self._ledgers = self._open_ledgers()
-        self._history = _load_history(paths.history)
+        self._history = History(paths.history)
+        self._events = open_log(paths.log)
+        self._terms = terms
         self._final: Chain | None = None
+        self._starved: AbortedRound | None = None
+        self._shown = (0, "", 0, 0.0)
         self._round_began = time.monotonic()
         self._bytes_before = 0
         self._journal = FileJournal(paths.state / "coordinator" / "journal")
         self._log = self._open_log(coordinator)
+        self._witness = _Witnessed(AuditEvidence(self._log), self._events)
         machine = CoordinatorRound(
             terms,
             _deadlines(bundle.study),
@@ -232,11 +249,15 @@ class _Run:
             journal=self._journal,
             transport=self._network,
             clock=self._clock,
-            evidence=AuditEvidence(self._log),
+            evidence=self._witness,
             observer=self,
         )
         self._network.driver = self._driver
         self._network.dropping, self._network.crashing = _accidents(bundle, federation)
+        # How far, about, a released accuracy may be off; one user knows all patient counts here.
+        self._accuracy_noise = plan(
+            bundle.study, bundle.layout.size, patients=federation.patients
+        ).evaluation.accuracy_noise
         self._recover_history()
 
     def _open_log(self, key: SiteKey) -> AuditLog:
@@ -266,17 +287,57 @@ class _Run:
     # ------------------------------------------------------------ playing
 
     def play(self) -> None:
-        """Until the run is over."""
+        """Until the run is over. Raises AbortedRound where it cannot go on."""
+        self._view.note("connecting the hospitals")
         for name in self._names:
             self._network.sites[name] = self._handle(name)
             self._network.sites[name].start()
             self._network.sites[name].up = True
-        self._driver.start()
-        while self._final is None or self._pending_farewells():
-            self._network.step()
+        try:
+            self._driver.start()
+            while self._final is None or not self._network.quiet:
+                self._network.step()
+                self._show()
+                if self._starved is not None:
+                    raise self._starved
+        except AbortedRound as error:
+            raise self._saved(error) from error
 
-    def _pending_farewells(self) -> bool:
-        return any(site.worker.final is None for site in self._sites.values())
+    def _show(self) -> None:
+        """Tell a live view what goes on, not more often than a person can read."""
+        if not self._view.live or self._final is not None:
+            return
+        machine, now = self._driver.machine, time.monotonic()
+        number, phase, left, shown = self._shown
+        missing = machine.waiting_for()
+        if (machine.record.round, machine.phase) == (number, phase) and (
+            len(missing) == left or now - shown < REDRAW_SECONDS
+        ):
+            return
+        self._shown = (machine.record.round, machine.phase, len(missing), now)
+        turn = machine.chain.turn
+        cohort = machine.record.members or self._names
+        if machine.record.round != number or not number:
+            self._view.round_started(
+                min(turn, self._terms.turns), self._terms.kind(turn), cohort, machine.quorum
+            )
+        called = PHASES.get(machine.phase, machine.phase)
+        self._view.phase(called, len(cohort) - len(missing), len(cohort), missing)
+
+    def _saved(self, error: AbortedRound) -> AbortedRound:
+        """What was reached is kept as a model, too, and the fault says where."""
+        chain = self._driver.machine.chain
+        done = min(chain.turn - 1, self._terms.turns)
+        if done < 1:
+            return error
+        folder = self._paths.so_far
+        shutil.rmtree(folder, ignore_errors=True)
+        self._federation.export(folder, model_tensors(chain.state))
+        message = (
+            f"{error.message} {done} of {self._terms.turns} rounds are complete; the model after "
+            f"them is in {folder}."
+        )
+        return AbortedRound(error.code, message, remedy=error.remedy)
 
     def _handle(self, name: str) -> SiteHandle:
         setup = self._setup(name)
@@ -320,20 +381,17 @@ class _Run:
         """A round ended in an aggregate."""
         del chain
         entry = self._entry(result)
-        if any(known.round == entry.round for known in self._history):
+        if self._history.knows(entry.round):
             return
-        self._keep(entry)
-        measured = entry.metrics
+        self._keep(result, entry)
         self._view.round_completed(
             RoundSummary(
-                round=result.turn,
+                round=min(result.turn, self._terms.turns),
                 kind=result.kind,
                 cohort=self._names,
                 survivors=result.survivors,
                 dropouts=tuple(v for v in self._names if v not in result.survivors),
                 quorum=self._driver.machine.quorum,
-                loss=None if measured is None else measured.loss,
-                accuracy=None if measured is None else measured.accuracy,
                 epsilon=self._epsilon(),
                 bytes_up=entry.bytes_up,
                 seconds=entry.seconds,
@@ -347,28 +405,43 @@ class _Run:
         spent = [value for value, _ in self._epsilon().values()]
         return RoundResult(
             round=result.round,
+            turn=result.turn,
             kind=result.kind,
             cohort=len(self._names),
             survivors=len(result.survivors),
             dropouts=tuple(v for v in self._names if v not in result.survivors),
-            metrics=self._metrics(result.metrics),
+            metrics=None,
             epsilon=max(spent, default=None),
             bytes_up=up,
             seconds=seconds,
         )
 
-    def _metrics(self, words: NDArray[np.int64] | None) -> Metrics | None:
-        study = self._bundle.study
-        if words is None:
-            return None
-        return metrics_from_words(words, study.task.labels, loss_cap=study.evaluation.loss_cap)
+    def _keep(self, result: Completed, entry: RoundResult) -> None:
+        """The metrics first: a round that is known has told what it measured."""
+        if result.metrics is not None:
+            study = self._bundle.study
+            metrics = metrics_from_words(
+                result.metrics, study.task.labels, loss_cap=study.evaluation.loss_cap
+            )
+            # A round measures the model that it starts from: the one of the turn before.
+            self._history.measured(result.turn - 1, metrics)
+            self._view.measured(
+                result.turn - 1, metrics.loss, metrics.accuracy, noise=self._accuracy_noise
+            )
+        self._history.add(entry)
+        self._events.info(
+            "round.kept", round=entry.round, seconds=round(entry.seconds, 3), epsilon=entry.epsilon
+        )
 
     def aborted(self, result: Aborted) -> None:
         """A round ended without an aggregate."""
-        self._keep(
+        turn = self._driver.machine.chain.turn
+        kind = self._terms.kind(turn)
+        self._history.add(
             RoundResult(
                 round=result.round,
-                kind="aborted",
+                turn=turn,
+                kind=kind,
                 cohort=len(self._names),
                 survivors=0,
                 dropouts=result.missing,
@@ -379,7 +452,35 @@ class _Run:
                 code=result.code.label,
             )
         )
-        self._view.round_aborted(result.round, "train", result.code.meaning, result.missing)
+        self._view.round_aborted(
+            min(turn, self._terms.turns), kind, result.code.meaning, result.missing
+        )
+        self._starved = self._refused_by_too_many()
+
+    def _refused_by_too_many(self) -> AbortedRound | None:
+        """A round that failed because hospitals will not do its work would fail again, and again.
+
+        Only what a hospital's own approval, budget or data said counts; a message that it could
+        not follow, after a crash say, is mended by the next round.
+        """
+        declined = {
+            site: code
+            for site, code in self._witness.declined.items()
+            if site in self._sites and self._sites[site].declined_with(code)
+        }
+        if len(self._names) - len(declined) >= self._driver.machine.quorum:
+            return None
+        label, _ = Counter(declined.values()).most_common(1)[0]
+        who = sorted(site for site, code in declined.items() if code == label)
+        told = self._sites[who[0]].worker.declined
+        meaning = "" if told is None else f" {who[0]} says: {told}"
+        code = Code.BUDGETS_SPENT if label == Code.BUDGET_EXCEEDED.label else Code.RUN_STARVED
+        return AbortedRound(
+            code,
+            f"{', '.join(who)} decline ({label}); {self._driver.machine.quorum} of "
+            f"{len(self._names)} hospitals are needed.{meaning}",
+            remedy=None if told is None or code is Code.BUDGETS_SPENT else told.remedy,
+        )
 
     def refused(self, site: str, code: Code) -> None:
         """A site's message was refused; the audit log says so."""
@@ -392,16 +493,15 @@ class _Run:
         spending = {v: ledger.spent() for v, ledger in self._ledgers.items() if ledger is not None}
         return {v: (s.epsilon, s.cap) for v, s in spending.items()}
 
-    def _keep(self, entry: RoundResult) -> None:
-        self._history.append(entry)
-        with self._paths.history.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(entry)) + "\n")
-
     def _recover_history(self) -> None:
         """A crash between a round's last write and its history line loses no round."""
-        last = self._driver.machine.last_completed()
-        if last is not None and all(known.round != last.round for known in self._history):
-            self._keep(self._entry(last))
+        machine = self._driver.machine
+        last = machine.last_completed()
+        if last is not None and not self._history.knows(last.round):
+            self._keep(last, self._entry(last))
+        if machine.phase == "burn" and not self._history.knows(machine.record.round):
+            lost = machine.waiting_for()
+            self.aborted(Aborted(machine.record.round, Code.QUORUM_LOST, "burn", lost))
 
     # ------------------------------------------------------------ the end
 
@@ -409,14 +509,17 @@ class _Run:
         """Measure, export and report."""
         if self._final is None:
             raise AssertionError("a run is finished after it is over")
+        self._events.info("run.finished", model_digest=self._final.state_digest.hex())
         for site in self._sites.values():
             site.close(finish=True)
         self._log.finish()
         state = model_tensors(self._final.state)
         if not self._paths.model.exists():
             self._federation.export(self._paths.model, state)
-        verified = run_audit_verify(self._paths.audit)
-        result = self._result(state, audit_verified=verified.verified, started=started)
+        report = run_audit_verify(self._paths.audit)
+        good = report.verified and report.complete
+        self._view.note("measuring the model at every hospital")
+        result = self._result(state, audit_verified=good, started=started)
         write_report(self._paths.root, result)
         return result
 
@@ -425,8 +528,9 @@ class _Run:
     ) -> RunResult:
         study, bundle = self._bundle.study, self._bundle
         machine = self._driver.machine
-        sites = tuple(self._site_result(v, state) for v in self._names)
-        final = next((r.metrics for r in reversed(self._history) if r.metrics is not None), None)
+        counts = {v: self._federation.counts(v, state) for v in self._names}
+        everywhere = self._evaluation(sum(counts.values(), np.zeros_like(counts[self._names[0]])))
+        sites = tuple(self._site_result(v, counts[v]) for v in self._names)
         if self._final is None:
             raise AssertionError("a result needs the final model")
         return RunResult(
@@ -437,13 +541,13 @@ class _Run:
             simulated=True,
             labels=tuple(study.task.labels),
             task=study.task.kind,
-            backbone=study.model.backbone,
-            tuning=study.model.tuning,
+            backbone=study.architecture[0],
+            tuning=study.architecture[1],
             parameters=bundle.layout.size,
             rounds_planned=study.training.rounds,
-            rounds=tuple(self._history),
+            rounds=self._history.rounds,
             sites=sites,
-            final=final,
+            final=self._history.of_model(study.training.rounds),
             privacy=self._privacy(),
             quorum=machine.quorum,
             colluders=study.colluders(len(self._names)),
@@ -453,14 +557,26 @@ class _Run:
             model_digest=self._final.state_digest.hex(),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            everywhere=everywhere,
+            test=everywhere if self._federation.tested else None,
             software=self._federation.versions(),
         )
 
-    def _site_result(self, name: str, state: Mapping[str, NDArray[np.float32]]) -> SiteResult:
+    def _alone(self, name: str) -> tuple[Evaluation | None, Evaluation | None]:
+        """The hospital's own model on its own held-out patients, and on everybody's."""
+        if not origin(self._paths)[1]:
+            return None, None
+        self._view.note(f"training {name} alone, for the comparison")
+        state = self._federation.alone(name, self._bundle)
+        counts = {v: self._federation.counts(v, state) for v in self._names}
+        everywhere = sum(counts.values(), np.zeros_like(counts[name]))
+        return self._evaluation(counts[name]), self._evaluation(everywhere)
+
+    def _site_result(self, name: str, counts: NDArray[np.float64]) -> SiteResult:
         ledger = self._ledgers[name]
         rows = () if ledger is None else ledger.history()
         spending = None if ledger is None else ledger.spent()
-        alone = self._federation.alone(name, self._bundle, self._entropy)
+        alone, everywhere = self._alone(name)
         return SiteResult(
             site=name,
             weight=self._bundle.weights[name],
@@ -471,8 +587,9 @@ class _Run:
             ),
             rounds_released=sum(r.kind == "release" for r in rows),
             patients=self._federation.patients[name],
-            together=self._evaluation(self._federation.counts(name, state)),
-            alone=self._evaluation(self._federation.counts(name, alone)),
+            together=self._evaluation(counts),
+            alone=alone,
+            alone_everywhere=everywhere,
         )
 
     def _evaluation(self, counts: NDArray[np.float64]) -> Evaluation:
@@ -537,6 +654,7 @@ class _Run:
             evaluation_releases=releases,
             evaluation_answers=answers["held_out"],
             randomness=RANDOMNESS,
+            statistics_noise=bundle.statistics_noise,
         )
 
     def close(self) -> None:
@@ -593,40 +711,15 @@ def _accidents(
     for number in range(1, bundle.study.training.rounds + 1):
         drawn = stream.choice(len(names), simulation.dropouts_per_round, replace=False)
         dropping.setdefault(number, set()).update(names[int(i)] for i in drawn)
-    freeze: Callable[[dict[int, set[str]]], dict[int, frozenset[str]]] = lambda table: {  # noqa: E731
-        k: frozenset(v) for k, v in table.items()
-    }
-    return freeze(dropping), freeze(crashing)
+    return _frozen(dropping), _frozen(crashing)
 
 
-def _load_history(path: Path) -> list[RoundResult]:
-    """The rounds of the run so far; a torn last line is one that `_recover_history` writes."""
-    if not path.exists():
-        return []
-    entries: list[RoundResult] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(RoundResult.from_json(json.loads(line)))
-        except ValueError:
-            break
-    return entries
-
-
-def describe(outcome: Outcome) -> str:
-    """One line on where everything lies."""
-    return f"{outcome.folder} (model {short(bytes.fromhex(outcome.result.model_digest))})"
-
-
-def study_of(out: Path) -> Study:
-    """The study of a run's folder. Raises StorageError where there is none."""
-    kept = Paths(out).state / STUDY_FILE
-    if not kept.is_file():
-        raise StorageError(Code.NOT_A_RUN, f"{out}: there is no run here.")
-    return load(kept, Study)
+def _frozen(table: Mapping[int, set[str]]) -> dict[int, frozenset[str]]:
+    return {number: frozenset(sites) for number, sites in table.items()}
 
 
 def prepare_demo(out: Path) -> tuple[Path, Study]:
-    """The demo's study file, written into `out`, and the study."""
+    """The demo's study file, written into `out` where its run will lie, and the study."""
     if out.exists() and any(out.iterdir()):
         raise StorageError(
             Code.OUTPUT_NOT_EMPTY,
@@ -637,13 +730,12 @@ def prepare_demo(out: Path) -> tuple[Path, Study]:
     return config, load(config, Study)
 
 
-def preview(path: Path, parameters: int | None) -> tuple[Study, int, dict[str, int]]:
+def preview(study: Study, path: Path, parameters: int | None) -> tuple[Study, int, dict[str, int]]:
     """(study, trainable parameters, patients by site) for a plan before anything is built.
 
     A simulation's data are read, so patients are known; the model is built for its size
     where `parameters` does not say it.
     """
-    study = load(path, Study)
     patients: dict[str, int] = {}
     if study.simulation is not None:
         federation = open_federation(study, path, device="cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ _NAMES_SHOWN = 3
 _SHORT_NAME = 12
 _NOTES_SHOWN = 3
 _WIDE = 96
+_KIND = {"evaluate": "final evaluation", "statistics": "statistics of numeric features"}
+_SHORT_KIND = {"evaluate": "final", "statistics": "stats"}
+_QUALITY = slice(4, 6)  # loss and accuracy in a row of the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,8 @@ class RoundSummary:
     """One completed round, for people.
 
     Units:
-        loss, accuracy: of the new model, noised where the study is private; None in a round
-        without evaluation. epsilon: (spent, cap) by site, empty without privacy. bytes_up: of
-        all sites together. waiting_for: sites that the round did not wait for any longer.
+        round: the training round; an evaluation carries the last one's. epsilon: (spent, cap)
+        by site, empty without privacy. bytes_up: of all sites together.
     """
 
     round: int
@@ -46,16 +48,22 @@ class RoundSummary:
     survivors: tuple[str, ...]
     dropouts: tuple[str, ...]
     quorum: int
-    loss: float | None
-    accuracy: float | None
     epsilon: Mapping[str, tuple[float, float]]
     bytes_up: int
     seconds: float
-    waiting_for: tuple[str, ...] = field(default=())
 
 
 class RunView(Protocol):
-    """Where a run shows itself."""
+    """Where a run shows itself; `live` views want to be told every phase."""
+
+    @property
+    def live(self) -> bool:
+        """Whether `round_started` and `phase` show anything."""
+        ...
+
+    def note(self, text: str) -> None:
+        """What goes on outside of rounds, in a few words."""
+        ...
 
     def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
         """A round begins."""
@@ -69,6 +77,15 @@ class RunView(Protocol):
         """A round ended with an aggregate."""
         ...
 
+    def measured(
+        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+    ) -> None:
+        """The model after training round `number`; `noise` is the accuracy's, from privacy.
+
+        It is told with the round that comes next, because that is where the model is measured.
+        """
+        ...
+
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
     ) -> None:
@@ -79,9 +96,18 @@ class RunView(Protocol):
         """The run is over; `verdict` is its last line."""
         ...
 
+    def close(self) -> None:
+        """Give the terminal back, after an error too."""
+        ...
+
 
 class Silent:
     """Shows nothing: for tests, `--json` and embedding."""
+
+    live = False
+
+    def note(self, text: str) -> None:
+        """Something goes on."""
 
     def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
         """A round begins."""
@@ -92,6 +118,11 @@ class Silent:
     def round_completed(self, summary: RoundSummary) -> None:
         """A round ended with an aggregate."""
 
+    def measured(
+        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+    ) -> None:
+        """A model was measured."""
+
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
     ) -> None:
@@ -99,6 +130,9 @@ class Silent:
 
     def finish(self, verdict: str) -> None:
         """The run is over."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class PlainLines:
@@ -109,10 +143,16 @@ class PlainLines:
         rounds: how many rounds the run is to have, for the time left.
     """
 
+    live = False
+
     def __init__(self, stream: TextIO, *, rounds: int) -> None:
         self._stream = stream
         self._rounds = rounds
         self._seconds: list[float] = []
+
+    def note(self, text: str) -> None:
+        """A line."""
+        self._line(f"  {text} ...")
 
     def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
         """Nothing: a round's line comes at its end."""
@@ -124,15 +164,11 @@ class PlainLines:
         """The round's line."""
         self._seconds.append(summary.seconds)
         parts = [
-            f"round {_number(summary.round, summary.kind)}/{self._rounds}",
+            _headed(summary.round, summary.kind, self._rounds),
             f"cohort {len(summary.cohort)}",
             f"survivors {len(summary.survivors)}{_lost(summary.dropouts)}",
             f"quorum {summary.quorum}",
         ]
-        if summary.loss is not None:
-            parts.append(f"loss {summary.loss:.3f}")
-        if summary.accuracy is not None:
-            parts.append(f"accuracy {summary.accuracy:.3f}")
         if summary.epsilon:
             parts.append(f"epsilon {epsilon_range(summary.epsilon)}")
         parts.append(f"up {amount(summary.bytes_up)}")
@@ -140,16 +176,28 @@ class PlainLines:
         parts.append(f"{duration(summary.seconds)}, left {left}")
         self._line("  ".join(parts))
 
+    def measured(
+        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+    ) -> None:
+        """A line of its own."""
+        told = [f"{name} {value:.3f}" for name, value in _quality(loss, accuracy)]
+        if told:
+            self._line(f"  model after round {number}: {'  '.join(told)}{_noised(noise)}")
+
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
     ) -> None:
         """The round's line, with what it waited for."""
         waited = f"; waited for {_names(waiting_for)}" if waiting_for else ""
-        self._line(f"round {_number(number, kind)}/{self._rounds}  aborted: {reason}{waited}")
+        self._line(f"{_headed(number, kind, self._rounds)}  aborted: {reason}{waited}")
 
     def finish(self, verdict: str) -> None:
         """The verdict."""
-        self._line(verdict)
+        if verdict:
+            self._line(verdict)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
@@ -177,6 +225,8 @@ class LiveTable:
         rounds: how many rounds the run is to have.
     """
 
+    live = True
+
     def __init__(self, console: Console, *, title: str, rounds: int) -> None:
         from rich.live import Live
 
@@ -186,9 +236,16 @@ class LiveTable:
         self._notes: list[str] = []
         self._seconds: list[float] = []
         self._phase: _Phase | None = None
+        self._note = ""
+        self._quality_note = ""
         self._console = console
         self._live: Live = Live(console=console, auto_refresh=False, transient=False)
         self._started = False
+
+    def note(self, text: str) -> None:
+        """Show it under the table until something else goes on."""
+        self._phase, self._note = None, f"{text} ..."
+        self._draw()
 
     def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
         """Show the round as running."""
@@ -214,13 +271,31 @@ class LiveTable:
                 str(len(summary.cohort)),
                 f"{len(summary.survivors)}{_short_lost(summary.dropouts)}",
                 str(summary.quorum),
-                "" if summary.loss is None else f"{summary.loss:.3f}",
-                "" if summary.accuracy is None else f"{summary.accuracy:.3f}",
+                "",
+                "",
                 epsilon_range(summary.epsilon),
                 amount(summary.bytes_up),
                 time_left(self._seconds, self._rounds - summary.round),
             )
         )
+        if summary.dropouts and summary.dropouts[0] not in _short_lost(summary.dropouts):
+            self._notes.append(
+                f"{_named(summary.round, summary.kind)}: lost {_names(summary.dropouts)}"
+            )
+        self._draw()
+
+    def measured(
+        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+    ) -> None:
+        """Fill the numbers into the row of the round that made the model."""
+        told = dict(_quality(loss, accuracy))
+        cells = tuple(f"{told[key]:.3f}" if key in told else "" for key in ("loss", "accuracy"))
+        for at in range(len(self._rows) - 1, -1, -1):
+            row = self._rows[at]
+            if row[0] == str(number) and len(row) > _QUALITY.stop:
+                self._rows[at] = (*row[: _QUALITY.start], *cells, *row[_QUALITY.stop :])
+                break
+        self._quality_note = _noised(noise).strip()
         self._draw()
 
     def round_aborted(
@@ -230,16 +305,17 @@ class LiveTable:
         self._phase = None
         waited = f"; waited for {_names(waiting_for)}" if waiting_for else ""
         self._rows.append((_number(number, kind), "", "aborted"))
-        self._notes.append(f"round {_number(number, kind)} aborted: {reason}{waited}")
+        self._notes.append(f"{_named(number, kind)} aborted: {reason}{waited}")
         self._draw()
 
     def finish(self, verdict: str) -> None:
         """Leave the table on the screen and write the verdict under it."""
-        self._phase = None
+        self._phase, self._note = None, ""
         if self._started:
             self._draw()
             self._live.stop()
-        self._console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+        if verdict:
+            self._console.print(verdict, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Give the terminal back, after an error too."""
@@ -277,13 +353,16 @@ class LiveTable:
             style = "yellow" if row[2] == "aborted" else ""
             table.add_row(*(Text(cell, style=style) for cell in row))
         notes = [Text(note, style="yellow") for note in self._notes[-_NOTES_SHOWN:]]
+        if self._quality_note:
+            notes.insert(0, Text(self._quality_note, style="dim"))
         return Group(table, *notes, Text(self._status(), style="dim"))
 
     def _status(self) -> str:
         now = self._phase
         if now is None:
-            return ""
-        text = f"round {_number(now.number, now.kind)} of {self._rounds}: {now.name}"
+            return self._note
+        of = f" of {self._rounds}" if now.kind == "train" else ""
+        text = f"{_named(now.number, now.kind)}{of}: {now.name}"
         if now.total:
             text += f" {now.done} of {now.total}"
         if now.waiting_for:
@@ -337,7 +416,26 @@ def amount(count: float) -> str:
 
 
 def _number(number: int, kind: str) -> str:
-    return str(number) if kind == "train" else f"{number} {kind}"
+    """A round in the first column: its number, or what it is where it does not train."""
+    return str(number) if kind == "train" else _SHORT_KIND.get(kind, kind)
+
+
+def _named(number: int, kind: str) -> str:
+    return f"round {number}" if kind == "train" else _KIND.get(kind, kind)
+
+
+def _headed(number: int, kind: str, rounds: int) -> str:
+    return f"round {number}/{rounds}" if kind == "train" else _KIND.get(kind, kind)
+
+
+def _noised(noise: float | None) -> str:
+    return f"  (privacy noise on the accuracy: about ±{noise:.2f})" if noise else ""
+
+
+def _quality(loss: float | None, accuracy: float | None) -> list[tuple[str, float]]:
+    """What was measured; a noised sum may have left nothing to divide by."""
+    pairs = (("loss", loss), ("accuracy", accuracy))
+    return [(name, value) for name, value in pairs if value is not None]
 
 
 def _lost(dropouts: Sequence[str]) -> str:

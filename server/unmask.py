@@ -115,7 +115,10 @@ def _seeds(
     ):
         raise _convicted(dropout)
     key = expand(recovery, labels.BLOB_KEY, opened.header, dropout)
-    blob = unseal(key, opened.blobs[dropout], opened.header, dropout)
+    try:
+        blob = unseal(key, opened.blobs[dropout], opened.header, dropout)
+    except ProtocolError:
+        raise _bad_blob(dropout) from None
     peers = [v for v in opened.members if v != dropout]
     if len(blob) != 32 * len(peers):
         raise _bad_blob(dropout)

@@ -1,4 +1,4 @@
-"""One clinical note of one patient, and where it was read."""
+"""One clinical note, or one row of numbers, of one patient, and where it was read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["Record", "by_patient", "require_disjoint"]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A note as it stands in a file.
+    """A note, or a row of numbers, as it stands in a file.
 
+    `text` is empty where a file has numbers; `values` are those, NaN where one is missing.
     `patient` is the unit of privacy. `label` is None only where a file is read to be predicted.
     `file` and `line` (1-based; the row's number in Parquet) say where the record begins.
     """
@@ -24,6 +25,7 @@ class Record:
     site: str | None
     file: str
     line: int
+    values: tuple[float, ...] = ()
 
     @property
     def where(self) -> str:

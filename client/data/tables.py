@@ -1,4 +1,4 @@
-"""Reads notes from CSV, Parquet and NDJSON files, and names every mistake by file and line.
+"""Reads notes and numbers from CSV, Parquet and NDJSON, and names mistakes by file and line.
 
 A file is a stranger: its lines are bounded before they are parsed, nothing in it is guessed,
 and no message repeats what a cell says.
@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _MAX_COLUMNS: Final = 10_000
 _PARQUET_BATCH_ROWS: Final = 4096
 _READERS: Final = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".parquet": "parquet"}
 
+_NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", re.ASCII)
+_MISSING: Final = frozenset({"", "?"})
+
 Row = tuple[int, Sequence[Any]]
 
 
@@ -35,19 +39,25 @@ Row = tuple[int, Sequence[Any]]
 class TableColumns:
     """Which column holds what.
 
-    patient None: every row is its own patient. label None: the file is read to be predicted.
-    site None: the file belongs to one site.
+    text None: the file has no notes. patient None: every row is its own patient. label None: the
+    file is read to be predicted. site None: the file belongs to one site. `numbers` are numeric
+    columns, in the order of a record's values.
     """
 
-    text: str
+    text: str | None
     patient: str | None = None
     label: str | None = None
     site: str | None = None
+    numbers: tuple[str, ...] = ()
 
-    def wanted(self) -> tuple[str, ...]:
-        """The columns to look for, text first."""
+    def told(self) -> tuple[str, ...]:
+        """The columns that hold text, the note first."""
         given = (self.text, self.patient, self.label, self.site)
         return tuple(name for name in given if name is not None)
+
+    def wanted(self) -> tuple[str, ...]:
+        """The columns to look for: text, then numbers."""
+        return (*self.told(), *self.numbers)
 
 
 def read_tables(
@@ -100,19 +110,41 @@ class _RecordMaker:
 
     def __call__(self, line: int, cells: Sequence[Any]) -> Record:
         columns = self._columns
+        told = columns.told()
         values = {
             name: self._text(line, name, cell)
-            for name, cell in zip(columns.wanted(), cells, strict=True)
+            for name, cell in zip(told, cells[: len(told)], strict=True)
         }
         own = f"{self._file}#{line}"
         return Record(
             patient=own if columns.patient is None else values[columns.patient].strip(),
-            text=values[columns.text],
+            text="" if columns.text is None else values[columns.text],
             label=None if columns.label is None else self._label(line, values[columns.label]),
             site=None if columns.site is None else values[columns.site].strip(),
             file=self._file,
             line=line,
+            values=tuple(
+                self._number(line, name, cell)
+                for name, cell in zip(columns.numbers, cells[len(told) :], strict=True)
+            ),
         )
+
+    def _number(self, line: int, name: str, cell: Any) -> float:
+        """A finite number, or NaN where the cell is empty or a question mark."""
+        where = f"{self._file}:{line}: column {name}"
+        if cell is None or (isinstance(cell, str) and cell.strip() in _MISSING):
+            return math.nan
+        if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+            raise DataError(Code.DATA_VALUE, f"{where} is not a number.")
+        if isinstance(cell, str) and not _NUMBER.fullmatch(cell.strip()):
+            raise DataError(Code.DATA_VALUE, f"{where} is not a number.")
+        try:
+            number = float(cell)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise DataError(Code.DATA_VALUE, f"{where} is not a finite number.")
+        return number
 
     def _text(self, line: int, name: str, cell: Any) -> str:
         where = f"{self._file}:{line}: column {name}"

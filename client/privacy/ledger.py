@@ -27,7 +27,7 @@ from common.errors import Code, RefusedError, StorageError
 from common.ports import Clock, Entropy
 
 Part = Literal["train", "held_out", "all"]
-Kind = Literal["train", "evaluate"]
+Kind = Literal["statistics", "train", "evaluate"]
 _Row = tuple[dict[str, Any], bytes]
 
 FORMAT = "wardround-ledger/1"

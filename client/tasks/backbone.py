@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ _MODEL_FILES: Final = (
 _MODEL_PATTERNS: Final = ("*.safetensors", "*.safetensors.index.json", "*.model")
 _VOCABULARIES: Final = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _CACHE: dict[bytes, Backbone] = {}
+_DIGESTS: dict[tuple[Path, tuple[tuple[str, int, int, int], ...]], bytes] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +134,23 @@ def _require_model_folder(spec: str, folder: Path) -> None:
 
 
 def _folder_digest(folder: Path) -> bytes:
-    """SHA-256 over the sorted names and contents of the files that make the model."""
+    """SHA-256 over the sorted names and contents of the files that make the model.
+
+    Files that did not change since the last call in this process are not read again.
+    """
     paths = {folder / name for name in _MODEL_FILES}
     for pattern in _MODEL_PATTERNS:
         paths.update(folder.glob(pattern))
-    whole = hashlib.sha256(b"wardround/1/backbone")
     named = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    stamps = {name: path.stat() for name, path in sorted(named.items())}
+    seen = (folder, tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stamps.items()))
+    if seen not in _DIGESTS:
+        _DIGESTS[seen] = _digest_files(named)
+    return _DIGESTS[seen]
+
+
+def _digest_files(named: Mapping[str, Path]) -> bytes:
+    whole = hashlib.sha256(b"wardround/1/backbone")
     for name in sorted(named):
         with named[name].open("rb") as handle:
             content = hashlib.file_digest(handle, "sha256").digest()

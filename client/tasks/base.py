@@ -6,14 +6,14 @@ beside this one, and nothing else changes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Learner", "owners_of", "spread_evenly"]
+__all__ = ["Learner", "Normalising", "metric_vector", "owners_of", "spread_evenly"]
 
 Index = NDArray[np.int64]
 
@@ -63,6 +63,44 @@ class Learner(Protocol):
         Guarantee: each patient adds a total of 1 to the counts and at most 1 to the loss.
         """
         ...
+
+
+@runtime_checkable
+class Normalising(Protocol):
+    """What a learner of numeric features offers besides."""
+
+    def statistic_words(self) -> NDArray[np.int64]:
+        """The statistic words over training patients, without noise (common.statistics).
+
+        Shapes: (3F,) int64.
+        Guarantee: one patient changes them by at most `StatisticsLayout.sensitivity` *
+            STATISTIC_SCALE in L2.
+        """
+        ...
+
+    def set_statistics(self, mean: NDArray[np.float32], deviation: NDArray[np.float32]) -> None:
+        """Normalise by these from now on, and by nothing of this site's own.
+
+        Shapes: (F,) float32 each.
+        """
+        ...
+
+
+def metric_vector(
+    logits: torch.Tensor, labels: torch.Tensor, weight: NDArray[np.float64], loss_cap: float
+) -> NDArray[np.float64]:
+    """The metric vector of weighted records (see `Learner.measure`).
+
+    Shapes: logits (r, L), labels (r,) int64, weight (r,); returns (L*L + 1,) float64.
+    """
+    count = logits.shape[1]
+    vector = np.zeros(count * count + 1)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = logits.argmax(dim=1).cpu().numpy()
+    np.add.at(vector, labels.cpu().numpy() * count + found, weight)
+    capped = np.nan_to_num(losses.double().cpu().numpy(), nan=loss_cap, posinf=np.inf)
+    vector[-1] = float(weight @ np.minimum(capped, loss_cap)) / loss_cap
+    return vector
 
 
 def owners_of(starts: Index, chosen: Index) -> tuple[Index, Index]:

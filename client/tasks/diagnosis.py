@@ -80,8 +80,8 @@ class DiagnosisLearner:
         self._loss_cap = study.evaluation.loss_cap
         self._network = network_for(study, backbone, device)
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
-        self.precision = _precision(study.model.precision, device)
-        encoder = Encoder(backbone.tokenizer, Reading.of(study.task))
+        self._half_features = _half_features(study.network.precision, device)
+        encoder = Encoder(backbone.tokenizer, Reading.of(study.diagnosis))
         self._train = self._prepare(train, encoder)
         self._held_out = self._prepare(held_out, encoder)
         self.module = self._network.replica()
@@ -115,6 +115,8 @@ class DiagnosisLearner:
 
     def losses(self, rows: Index) -> torch.Tensor:
         """Cross-entropy of each row; the rows of one note share their note's loss.
+
+        Runs in the caller's precision: whoever clips must know it.
 
         Shapes: rows (r,) int64; returns (r,) float32.
         """
@@ -181,7 +183,8 @@ class DiagnosisLearner:
         extractor = self._network.extractor
         if extractor is None:
             raise RuntimeError("features are kept for tuning: head alone")
-        with torch.no_grad():
+        half = self._half_features
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             return self._in_batches(extractor, rows)
 
     def _logits(self, notes: _Notes) -> torch.Tensor:
@@ -205,9 +208,7 @@ class DiagnosisLearner:
     def _forward(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         ids, mask = batch_inputs(rows, self._pad)
         inputs = self._network.inputs(ids.to(self._device), mask.to(self._device))
-        half = self.precision == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            output: torch.Tensor = module(**inputs).logits
+        output: torch.Tensor = module(**inputs).logits
         return output.float()
 
     def _pool(self, values: torch.Tensor, starts: Index) -> torch.Tensor:
@@ -234,10 +235,9 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
-def _precision(wanted: str, device: torch.device) -> str:
-    if wanted == "auto":
-        return "bfloat16" if computes_in_bfloat16(device) else "float32"
-    return wanted
+def _half_features(precision: str, device: torch.device) -> bool:
+    """Whether frozen features are computed in bfloat16: no gradient and no promise needs more."""
+    return precision == "bfloat16" or (precision == "auto" and computes_in_bfloat16(device))
 
 
 def _members_of(starts: Index) -> Index:

@@ -74,10 +74,10 @@ class Plan:
         """The study's network, in short."""
         return Plan(
             labels=tuple(study.task.labels),
-            tuning=study.model.tuning,
-            lora=study.model.lora,
-            freeze_embeddings=study.model.freeze_embeddings,
-            reading=Reading.of(study.task),
+            tuning=study.network.tuning,
+            lora=study.network.lora,
+            freeze_embeddings=study.network.freeze_embeddings,
+            reading=Reading.of(study.diagnosis),
         )
 
 

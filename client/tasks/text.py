@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.study import Task
+from common.study import DiagnosisTask
 
 __all__ = ["ENGLISH_STOP_WORDS", "Cleaner", "Encoded", "Encoder", "Reading", "batch_inputs"]
 
@@ -44,7 +44,7 @@ class Reading:
     stemming: str
 
     @staticmethod
-    def of(task: Task) -> Reading:
+    def of(task: DiagnosisTask) -> Reading:
         """The study's way of reading."""
         return Reading(
             max_tokens=task.max_tokens,

@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -40,6 +41,8 @@ _BYTES, _TEXT, _INT, _LIST, _DICT = b"bsild"
 _HEAD_BYTES = 9
 _INT_BYTES = 16
 _head = struct.Struct(">BQ").pack
+_KNOWN = 256
+_BYTES_HEADS = tuple(_head(_BYTES, length) for length in range(_KNOWN))
 
 
 # ------------------------------------------------------------------------------- encoding
@@ -64,33 +67,40 @@ def encode_parts(value: Value) -> list[bytes | memoryview]:
     return parts
 
 
-def _put(value: Value, parts: list[bytes | memoryview]) -> None:
+def _put(value: Any, parts: list[bytes | memoryview]) -> None:
     # Exact types, not isinstance: a bool is an int and a StrEnum is a str, and neither may
     # share an encoding with the plain value.
     kind = type(value)
     if kind is bytes:
-        parts.append(_head(_BYTES, len(value)))  # type: ignore[arg-type]
-        parts.append(value)  # type: ignore[arg-type]
+        length = len(value)
+        parts.append(_BYTES_HEADS[length] if length < _KNOWN else _head(_BYTES, length))
+        parts.append(value)
     elif kind is str:
-        text = value.encode()  # type: ignore[union-attr]
-        parts.append(_head(_TEXT, len(text)))
-        parts.append(text)
+        parts.append(_encode_text(value))
     elif kind is int:
-        parts.append(_encode_int(value))  # type: ignore[arg-type]
+        parts.append(_encode_int(value))
     elif kind is tuple or kind is list:
-        parts.append(_head(_LIST, len(value)))  # type: ignore[arg-type]
-        for item in value:  # type: ignore[union-attr]
+        parts.append(_head(_LIST, len(value)))
+        for item in value:
             _put(item, parts)
     elif kind is dict:
-        _put_dict(value, parts)  # type: ignore[arg-type]
+        _put_dict(value, parts)
     elif kind is memoryview or kind is bytearray:
-        view = flat_view(value)  # type: ignore[arg-type]
+        view = flat_view(value)
         parts.append(_head(_BYTES, len(view)))
         parts.append(view)
     else:
         raise TypeError(f"a {kind.__name__} has no canonical encoding")
 
 
+# Labels, site ids and small numbers are encoded thousands of times in a round.
+@lru_cache(maxsize=8192)
+def _encode_text(value: str) -> bytes:
+    text = value.encode()
+    return _head(_TEXT, len(text)) + text
+
+
+@lru_cache(maxsize=8192)
 def _encode_int(value: int) -> bytes:
     try:
         return b"i" + value.to_bytes(_INT_BYTES, "big", signed=True)
@@ -98,12 +108,16 @@ def _encode_int(value: int) -> bytes:
         raise ValueError("the integer does not fit in 128 bits") from error
 
 
-def _put_dict(value: Mapping[Any, Value], parts: list[bytes | memoryview]) -> None:
+def _put_dict(value: Mapping[Any, Any], parts: list[bytes | memoryview]) -> None:
     entries = []
     for key, item in value.items():
-        if type(key) not in (str, bytes, int):
-            raise TypeError(f"a {type(key).__name__} is no dictionary key")
-        entries.append((encode(key), item))
+        kind = type(key)
+        if kind is str:
+            entries.append((_encode_text(key), item))
+        elif kind is bytes or kind is int:
+            entries.append((encode(key), item))
+        else:
+            raise TypeError(f"a {kind.__name__} is no dictionary key")
     entries.sort(key=_first)
     parts.append(_head(_DICT, len(entries)))
     for encoded, item in entries:
@@ -244,7 +258,20 @@ def _text(data: bytes | memoryview) -> str:
 # ------------------------------------------------------------------------ digests and keys
 def digest(label: str, *parts: Value) -> bytes:
     """SHA-256 of the encoding of (label, *parts): 32 bytes."""
-    return hashlib.sha256(encode((label, *parts))).digest()
+    return hashlib.sha256(_labelled(label, parts)).digest()
+
+
+def _labelled(label: str, parts: tuple[Value, ...]) -> bytes:
+    """`encode((label, *parts))`; a round makes about two thousand of these."""
+    pieces: list[bytes | memoryview] = [_opening(label, len(parts))]
+    for part in parts:
+        _put(part, pieces)
+    return b"".join(pieces)
+
+
+@lru_cache(maxsize=1024)
+def _opening(label: str, count: int) -> bytes:
+    return _head(_LIST, count + 1) + _encode_text(label)
 
 
 def hkdf_extract(salt: bytes, secret: bytes) -> bytes:
@@ -256,6 +283,8 @@ def hkdf_expand(key: bytes, info: bytes, length: int = DIGEST_BYTES) -> bytes:
     """HKDF-Expand with SHA-256: `length` bytes (1 to 8160). Source: RFC 5869."""
     if not 0 < length <= 255 * DIGEST_BYTES:
         raise ValueError(f"HKDF-SHA-256 gives 1 to 8160 bytes, not {length}")
+    if length <= DIGEST_BYTES:
+        return hmac.digest(key, info + b"\x01", "sha256")[:length]
     block = b""
     output = b""
     counter = 1
@@ -268,7 +297,7 @@ def hkdf_expand(key: bytes, info: bytes, length: int = DIGEST_BYTES) -> bytes:
 
 def expand(key: bytes, label: str, *parts: Value, length: int = DIGEST_BYTES) -> bytes:
     """A key of `length` bytes for one purpose: HKDF-Expand of `key` under (label, *parts)."""
-    return hkdf_expand(key, encode((label, *parts)), length)
+    return hkdf_expand(key, _labelled(label, parts), length)
 
 
 class TreePart:

@@ -13,13 +13,15 @@ from common.errors import Code, ProtocolError
 from common.ports import Tensors
 from common.secagg.masking import Lane
 from common.secagg.quantise import limit, to_signed
+from common.statistics import PREFIX, StatisticsLayout
 from common.strategy import ServerOptimizer, mean_update, next_exponents
 from common.tensors import Layout
 
-Kind = Literal["train", "evaluate"]
+Kind = Literal["statistics", "train", "evaluate"]
 
 UPDATE_LANE = 0
 METRIC_LANE = 1
+STATISTIC_LANE = 2
 METRIC_BITS = 64
 
 
@@ -30,7 +32,11 @@ class Terms:
     `roster` maps every party to its Ed25519 key; `quorum` is computed from the number of
     parties and the study's colluders, never taken from a message; `weights` are public
     constants in (0, 1]. `turns` counts training rounds, `rounds` is the highest round number
-    (training, the final evaluation, and rounds that may burn).
+    (statistics, training, the final evaluation, and rounds that may burn).
+
+    `statistics` is None where the study has no numeric features; otherwise turn 0 counts their
+    `statistic_words` words before anything is trained, and the state carries their mean and
+    deviation, so that everybody normalises alike.
     """
 
     study: bytes
@@ -48,18 +54,40 @@ class Terms:
     rounds: int
     private: bool
     burns_tolerated: int
+    statistic_words: int = 0
+    statistics: StatisticsLayout | None = None
+
+    def __post_init__(self) -> None:
+        counted = 0 if self.statistics is None else self.statistics.words
+        if self.statistic_words != counted:
+            raise ValueError("the statistics' words are not those of their layout")
+
+    @property
+    def first_turn(self) -> int:
+        """The turn of the first round: 0 where statistics are counted before training."""
+        return 0 if self.statistic_words else 1
 
     @property
     def parties(self) -> tuple[str, ...]:
         """Every site of the study, sorted: a site's Shamir point is its index plus one."""
         return tuple(sorted(self.roster))
 
+    @property
+    def colluders(self) -> int:
+        """How many colluding parties the quorum withstands."""
+        return min(2 * self.quorum - len(self.roster) - 1, self.quorum - 2)
+
     def point(self, site: str) -> int:
         """The site's Shamir x-coordinate."""
         return self.parties.index(site) + 1
 
     def kind(self, turn: int) -> Kind:
-        """What the round of this turn is: training until `turns`, then one evaluation."""
+        """What the round of this turn is: training until `turns`, then one evaluation.
+
+        Turn 0, where there is one, counts the statistics.
+        """
+        if turn == 0:
+            return "statistics"
         return "train" if turn <= self.turns else "evaluate"
 
     def measures(self, turn: int) -> bool:
@@ -70,6 +98,8 @@ class Terms:
 
     def lanes(self, turn: int) -> tuple[Lane, ...]:
         """The lanes of the upload of this turn."""
+        if self.kind(turn) == "statistics":
+            return (Lane(STATISTIC_LANE, METRIC_BITS, self.statistic_words),)
         lanes = []
         if self.kind(turn) == "train":
             lanes.append(Lane(UPDATE_LANE, self.ring_bits, self.layout.size))
@@ -80,16 +110,22 @@ class Terms:
     def upload_bytes(self) -> int:
         """A bound on the size of any message that carries a model or an upload."""
         slots = sum(value.size for value in self.initial.values())
-        return 2**22 + 4 * slots + 12 * self.layout.size + 16 * self.metric_words
+        words = self.metric_words + self.statistic_words
+        return 2**22 + 4 * slots + 12 * self.layout.size + 16 * words
 
     def signed_sum(self, lane: Lane, words: memoryview | bytes) -> NDArray[np.int64]:
-        """A lane's published aggregate as signed integers. Raises ProtocolError on wrong length."""
-        kind = "<u8" if lane.bits == METRIC_BITS else "<u4"
-        if len(words) != lane.length * np.dtype(kind).itemsize:
+        """A lane's published aggregate as signed integers.
+
+        Raises ProtocolError where it is not the one form of that sum: length, and no bit above
+        the ring.
+        """
+        array = np.frombuffer(words, lane.word) if len(words) % lane.word.itemsize == 0 else None
+        if array is None or array.size != lane.length:
             raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate has the wrong length.")
-        array = np.frombuffer(words, kind)
         if lane.bits == METRIC_BITS:
             return array.view(np.int64)
+        if lane.bits < 8 * lane.word.itemsize and array.size and int(array.max()) >> lane.bits:
+            raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate is not in the ring.")
         return to_signed(array, lane.bits)
 
     def apply(
@@ -101,7 +137,8 @@ class Terms:
     ) -> tuple[Tensors, tuple[int, ...]]:
         """The state and the exponents after a training round's aggregate.
 
-        Guarantee: bit-identical wherever it is computed (common.strategy).
+        Guarantee: bit-identical wherever it is computed (common.strategy); the statistics stay
+            as they are.
         """
         shapes = self.layout.specs
         named = {s.name: e for s, e in zip(shapes, exponents, strict=True)}
@@ -115,4 +152,16 @@ class Terms:
             largest_weight=max(self.weights.values()),
             limit=limit(self.ring_bits, len(self.roster)),
         )
-        return self.optimizer.apply(state, update), tuple(following[s.name] for s in shapes)
+        kept = {name: value for name, value in state.items() if name.startswith(PREFIX)}
+        trained = {name: value for name, value in state.items() if name not in kept}
+        moved = self.optimizer.apply(trained, update)
+        return {**moved, **kept}, tuple(following[s.name] for s in shapes)
+
+    def count(self, state: Tensors, total: NDArray[np.int64], sites: int) -> Tensors:
+        """The state after the statistics of `sites` survivors; nothing else of it changes.
+
+        Guarantee: bit-identical wherever it is computed (common.statistics).
+        """
+        if self.statistics is None:
+            raise AssertionError("a study without numeric features has no statistics round")
+        return {**state, **self.statistics.resolve(total, sites)}

@@ -18,7 +18,7 @@ from common.crypto.identity import verify
 from common.errors import Code, ProtocolError
 from common.ports import Tensors
 from common.protocol.codec import dump_record
-from common.protocol.terms import UPDATE_LANE, Terms
+from common.protocol.terms import Terms
 from common.protocol.wire import TAG_BYTES, Agree, Burn, Header, Link, Signed, unpack_body
 from common.secagg.masking import Lane
 
@@ -121,7 +121,7 @@ class Chain:
     """Where a party stands: the model, its exponents, and what the next round builds on.
 
     `version` is the round number of the last completed round (0 before the first); `turn` is
-    the next turn to play, starting at 1.
+    the next turn to play, starting at 1, or at 0 where statistics are counted first.
     """
 
     version: int
@@ -134,7 +134,7 @@ class Chain:
     @staticmethod
     def genesis(terms: Terms, initial_digest: bytes) -> Chain:
         """The chain before the first round: the study's initial weights."""
-        return Chain(0, 1, terms.initial, initial_digest, terms.exponents, GENESIS)
+        return Chain(0, terms.first_turn, terms.initial, initial_digest, terms.exponents, GENESIS)
 
 
 def link_survivors(link: Link) -> tuple[str, ...]:
@@ -142,10 +142,15 @@ def link_survivors(link: Link) -> tuple[str, ...]:
     return tuple(sorted(link.roots))
 
 
+def certified_survivors(link: Link) -> bytes:
+    """The survivors hash of a link, from its own fields."""
+    participants = participants_hash(header_hash(link.header), link.heads)
+    return survivors_hash(participants, link.roots)
+
+
 def link_hashes(link: Link) -> tuple[bytes, bytes]:
     """(survivors hash, commit) of a link, from its own fields."""
-    participants = participants_hash(header_hash(link.header), link.heads)
-    survivors = survivors_hash(participants, link.roots)
+    survivors = certified_survivors(link)
     return survivors, commit(survivors, link.sums)
 
 
@@ -179,9 +184,11 @@ def verify_link(terms: Terms, run: bytes, link: Link) -> bytes:
         raise ProtocolError(Code.LINK_MALFORMED, "A link's lanes are not the study's.")
     if len(link.sums) != len(header.lanes) or len(header.exponents) != len(terms.exponents):
         raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate has the wrong shape.")
+    for lane, words in zip(header.lanes, link.sums, strict=True):
+        terms.signed_sum(lane, words)
     if not set(link.roots) <= set(link.heads) or not set(link.heads) <= set(terms.roster):
         raise ProtocolError(Code.LINK_MALFORMED, "A link's survivors are not its participants.")
-    survivors, _ = link_hashes(link)
+    survivors = certified_survivors(link)
     expected = (terms.study, run, header.round, survivors)
     signers = count_signers(terms, link.agreements, Agree, expected)
     if len(signers & set(link.roots)) < terms.quorum:
@@ -209,7 +216,11 @@ def advance(terms: Terms, chain: Chain, link: Link, digest_of: Any) -> Chain:
             chain.exponents,
             following,
         )
-    lane = header.lanes[UPDATE_LANE]
-    total = terms.signed_sum(lane, link.sums[0])
+    # The first lane is the round's own; metrics, where a round measures, come after it.
+    total = terms.signed_sum(header.lanes[0], link.sums[0])
+    if header.kind == "statistics":
+        counted = terms.count(chain.state, total, len(link.roots))
+        known = digest_of(counted)
+        return Chain(header.round, header.turn + 1, counted, known, chain.exponents, following)
     state, exponents = terms.apply(chain.state, header.exponents, total, link_survivors(link))
     return Chain(header.round, header.turn + 1, state, digest_of(state), exponents, following)

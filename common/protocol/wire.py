@@ -9,6 +9,7 @@ Guarantee: `unpack(pack(m)) == m`, and bytes that unpack re-pack to the same byt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from common.crypto import labels
@@ -618,8 +619,17 @@ def pack_statement(kind: type[Any], signed: Signed) -> bytes:
 
 
 def unpack_body(kind: type[Any], signed: Signed) -> Any:
-    """The statement inside `signed`, typed and bounded. Raises ProtocolError."""
-    value = decode(signed.body, max_bytes=MAX_SMALL_MESSAGE)
+    """The statement inside `signed`, typed and bounded. Raises ProtocolError.
+
+    Remembers the last bodies: the same statement is looked at in several phases, and nobody
+    changes a parsed one.
+    """
+    return _unpacked(kind, signed.body)  # type: ignore[arg-type]  # a class is hashable
+
+
+@lru_cache(maxsize=2048)
+def _unpacked(kind: type[Any], body: bytes) -> Any:
+    value = decode(body, max_bytes=MAX_SMALL_MESSAGE)
     try:
         return load_record(kind, value)
     except ValueError:

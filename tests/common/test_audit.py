@@ -121,11 +121,13 @@ def test_the_file_is_for_its_owner_only(tmp_path):
     assert (tmp_path / "site-a.jsonl").stat().st_mode & 0o777 == 0o600
 
 
-def test_every_append_reaches_the_disk_before_it_returns(tmp_path, monkeypatch):
+def test_a_checkpoint_brings_every_record_to_the_disk_before_it_returns(tmp_path, monkeypatch):
     log = opened(tmp_path, "site-a")
     seen = []
     monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_size))
     log.append("site.returned", {"round": 1, "kind": "train", "site": "site-b"})
+    assert seen == []
+    log.checkpoint()
     assert seen == [(tmp_path / "site-a.jsonl").stat().st_size]
     log.close()
 
@@ -574,3 +576,61 @@ def test_verification_is_light():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------- a survivor that missed the certificate
+
+
+def write_crashed(folder, *, trace, site="site-b", number=2):
+    """A run in which `site` survives round `number` without seeing its certificate."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_keys(folder, PUBLIC)
+    for owner in NAMES:
+        with opened(folder, owner) as log:
+            for current in (1, 2, 3):
+                if (owner, current) == (site, number):
+                    if trace is not None:
+                        log.append(*trace)
+                else:
+                    log.append("round.completed", completed(current))
+                log.checkpoint()
+            log.finish()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        ("round.agreed", {"round": 2, "uh2": digest("uh2", 2)}),
+        ("round.unmasked", {"round": 2, "uh2": digest("uh2", 2)}),
+        ("round.uploaded", {"round": 2, "kind": "train", "uh1": digest(1), "root": digest(2)}),
+    ],
+    ids=lambda trace: trace[0],
+)
+def test_a_survivor_that_crashed_before_the_certificate_is_in_order(tmp_path, trace):
+    report = verify_folder(write_crashed(tmp_path / "audit", trace=trace))
+    assert report.problems == ()
+    assert report.verified
+    assert report.complete
+
+
+def test_a_survivor_whose_log_says_nothing_of_the_round_is_a_problem(tmp_path):
+    report = verify_folder(write_crashed(tmp_path / "audit", trace=None))
+    assert not report.verified
+    (problem,) = report.problems
+    assert problem.log == "site-b"
+    assert "train round 2 with this site" in problem.message
+
+
+def test_a_trace_of_another_round_does_not_excuse(tmp_path):
+    trace = ("round.agreed", {"round": 3, "uh2": digest("uh2", 3)})
+    assert not verify_folder(write_crashed(tmp_path / "audit", trace=trace)).verified
+
+
+@pytest.mark.parametrize("event", ["round.agreed", "round.unmasked"])
+def test_agreeing_to_other_survivors_than_the_others_is_a_problem(tmp_path, event):
+    trace = (event, {"round": 2, "uh2": digest("a split view", 2)})
+    report = verify_folder(write_crashed(tmp_path / "audit", trace=trace))
+    assert not report.verified
+    assert [problem.log for problem in report.problems] == ["site-b"]
+    assert "other survivors of round 2" in report.problems[0].message

@@ -199,8 +199,13 @@ def test_a_verb_whose_package_is_absent_is_named_as_not_installed(monkeypatch, c
 def test_an_image_without_a_package_still_answers(tmp_path) -> None:
     (tmp_path / "common").symlink_to(ROOT / "common")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    # An editable install puts the checkout on the path, where the other packages lie.
+    alone = (
+        f"import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; "
+        "from common.cli import main; raise SystemExit(main())"
+    )
     run = subprocess.run(
-        [sys.executable, "-m", "common.cli", "demo"],
+        [sys.executable, "-c", alone, "demo"],
         capture_output=True,
         text=True,
         env=environment,
@@ -210,7 +215,7 @@ def test_an_image_without_a_package_still_answers(tmp_path) -> None:
     assert run.returncode == 2
     assert "WR-7002" in run.stderr
     run = subprocess.run(
-        [sys.executable, "-m", "common.cli", "check", str(ROOT / "configs/site.yaml"), STUDY],
+        [sys.executable, "-c", alone, "check", str(ROOT / "configs/site.yaml"), STUDY],
         capture_output=True,
         text=True,
         env=environment,

@@ -22,6 +22,7 @@ from common.protocol.terms import Terms
 from common.protocol.transcript import Chain
 from common.protocol.wire import Witness
 from common.secagg.quorum import colluders, quorum
+from common.statistics import StatisticsLayout, patient_words
 from common.strategy import OptimizerSettings, ServerOptimizer
 from common.tensors import Layout, TensorSpec
 from common.world import ManualClock, MemoryJournal, SeededEntropy
@@ -46,10 +47,13 @@ def make_terms(
     private: bool = True,
     c: int | None = None,
     extra: int = 3,
+    features: int = 0,
 ) -> Terms:
     n = len(sites)
     layout = Layout((TensorSpec("tracer", (n + extra,)),))
     optimizer = ServerOptimizer(OptimizerSettings(name="fedavg", learning_rate=1.0))
+    statistics = StatisticsLayout(features) if features else None
+    counted = {} if statistics is None else statistics.initial()
     return Terms(
         study=hashlib.sha256(f"study-{n}-{rounds}-{bits}".encode()).digest(),
         roster={s: keys[s].public for s in sites},
@@ -58,15 +62,23 @@ def make_terms(
         layout=layout,
         ring_bits=bits,
         metric_words=n + 1,
-        initial=optimizer.initial({"tracer": np.zeros(n + extra, np.float32)}),
+        initial={**optimizer.initial({"tracer": np.zeros(n + extra, np.float32)}), **counted},
         exponents=(TRACER_EXPONENT,),
         optimizer=optimizer,
         turns=rounds,
         evaluate_every=every,
-        rounds=rounds + 1 + spare,
+        rounds=rounds + 1 + spare + bool(features),
         private=private,
         burns_tolerated=spare,
+        statistic_words=3 * features,
+        statistics=statistics,
     )
+
+
+def statistic_tracer(words: int, index: int) -> np.ndarray:
+    """What site `index` counts: index + 2 patients, whose values differ from site to site."""
+    part = np.full((1, words // 3), 1 / (index + 2))
+    return patient_words(part) * (index + 2)
 
 
 class TracerWorker:
@@ -100,7 +112,10 @@ class TracerWorker:
             metrics = np.zeros(self.terms.metric_words, np.int64)
             metrics[index] = 1
             metrics[-1] = -5
-        return Worked(update, metrics, Witness(len(self.ledger), self.ledger[-1]))
+        statistics = None
+        if request.counts:
+            statistics = statistic_tracer(self.terms.statistic_words, index)
+        return Worked(update, metrics, Witness(len(self.ledger), self.ledger[-1]), statistics)
 
     def release(self, round_number: int) -> None:
         self.released.append(round_number)
@@ -126,9 +141,9 @@ class Disk(MemoryJournal):
         super().store(record)
         self.fail("after-store")
 
-    def put_blob(self, name, parts) -> None:
+    def put_blob(self, name, parts, *, durable: bool = True) -> None:
         self.fail("before-blob")
-        super().put_blob(name, parts)
+        super().put_blob(name, parts, durable=durable)
         self.fail("after-blob")
 
 
@@ -191,6 +206,11 @@ class SiteParty(Party):
         self.up = True
         self.world.guard(self, self.daemon.start)
 
+    @property
+    def ended(self) -> str:
+        """Why this site left the run for good, if it did."""
+        return "" if self.daemon is None else self.daemon._machine.record.ended
+
     def _contains(self, counter: int, head: bytes) -> bool:
         return counter <= len(self.ledger) and (counter == 0 or self.ledger[counter - 1] == head)
 
@@ -224,7 +244,14 @@ class CoordinatorParty(Party):
         )
         self.up = True
         driver = self.driver
+        self._recover(machine)
         self.world.guard(self, driver.start)
+
+    def _recover(self, machine: CoordinatorRound) -> None:
+        """A round that completed just before a crash is reported from its certificate."""
+        last = machine.last_completed()
+        if last is not None and last.round not in {r.round for r in self.world.rounds}:
+            self.world.completed(last, machine.chain)
 
     def receive(self, site: str, payload: bytes) -> None:
         assert self.driver is not None
@@ -258,6 +285,7 @@ class World:
         private: bool = True,
         every: int = 1,
         c: int | None = None,
+        features: int = 0,
     ) -> None:
         self.sites = [f"site-{i:02d}" for i in range(1, n + 1)]
         self.keys = {
@@ -273,6 +301,7 @@ class World:
             private=private,
             every=every,
             c=c,
+            features=features,
         )
         self.clock = ManualClock()
         self.deadlines = Deadlines(10, 10, 10, 10, 10)
@@ -377,6 +406,10 @@ class World:
         for result, chain in zip(self.rounds, self.chains, strict=True):
             index = [self.terms.parties.index(s) for s in result.survivors]
             assert len(result.survivors) >= self.terms.quorum
+            if result.kind == "statistics":
+                total = sum(statistic_tracer(self.terms.statistic_words, i) for i in index)
+                for name, value in self.terms.statistics.resolve(total, len(index)).items():
+                    assert np.array_equal(chain.state[name], value)
             if result.kind == "train":
                 mean = np.zeros_like(trained)
                 mean[index] = np.float32(1.0 / len(index))

@@ -54,6 +54,7 @@ def rounds(count, *, private=True):
     return tuple(
         RoundResult(
             round=number,
+            turn=number,
             kind="train",
             cohort=5,
             survivors=2 if number == 4 else 4,
@@ -158,7 +159,7 @@ def test_the_metrics_carry_what_a_script_reads():
     assert found["epsilon"]["site-02"] == {"spent": 2.89, "cap": 3.0, "delta": 1e-5}
     assert found["final_metrics"]["accuracy"] == pytest.approx(0.5789, abs=1e-4)
     assert found["final_metrics"]["noised"] is True
-    together = found["final_metrics"]["sites"]["site-02"]["together"]
+    together = found["final_metrics"]["per_site"]["site-02"]
     assert (together["n"], together["accuracy"]) == (100, 0.58)
     low, high = together["interval_95"]["accuracy"]
     assert low < 0.58 < high
@@ -173,7 +174,7 @@ def test_a_real_run_has_no_per_site_metrics_anywhere():
     for text in texts:
         assert "alone" not in text
         assert "together" not in text.replace("all of them together", "")
-    assert "sites" not in metrics_json(real)["final_metrics"]
+    assert "per_site" not in metrics_json(real)["final_metrics"]
     assert figures.sites(real) is None
     with pytest.raises(ValueError, match="simulation"):
         site_table(real)
@@ -277,7 +278,7 @@ def test_the_site_table_is_marked_and_compares_alone_with_together():
     assert rows[1].startswith("| site-02 | 201 | 100 | 0.570 (0.")
     assert "| 0.580 (0." in rows[1]
     assert rows[1].endswith("| 2.89 of 3 |")
-    assert table[-1] == "| **mean** | | | **0.536** | **0.610** | |"
+    assert table[-1] == "| mean |  |  | 0.536 | 0.610 | - |  |"
 
 
 def test_a_label_cannot_break_the_table():

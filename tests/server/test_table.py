@@ -31,8 +31,6 @@ def summary(number, **override):
         "survivors": SITES[:9],
         "dropouts": SITES[9:],
         "quorum": 7,
-        "loss": 1.25,
-        "accuracy": 0.5125,
         "epsilon": dict.fromkeys(SITES, (0.15 * number, 3.0)),
         "bytes_up": 58_000,
         "seconds": 2.0,
@@ -44,9 +42,11 @@ def drive(view: RunView):
     view.round_started(1, "train", SITES, 7)
     view.phase("upload", 4, 10, SITES[4:])
     view.round_completed(summary(1))
+    view.measured(1, 1.25, 0.5125, noise=0.071)
     view.round_started(2, "train", SITES, 7)
     view.round_aborted(2, "train", "WR-5001: 6 survivors, 7 needed", SITES[:4])
-    view.round_completed(summary(3, epsilon={}, loss=None, accuracy=None, dropouts=()))
+    view.round_completed(summary(3, epsilon={}, dropouts=()))
+    view.measured(3, None, None, noise=None)
     view.finish("verdict: 9 masked, 0 readable")
 
 
@@ -60,8 +60,12 @@ def test_lines_in_a_pipe_carry_every_number():
     drive(PlainLines(stream, rounds=20))
     assert stream.getvalue().splitlines() == [
         (
-            "round 1/20  cohort 10  survivors 9 (lost site-10)  quorum 7  loss 1.250  accuracy 0.512"
+            "round 1/20  cohort 10  survivors 9 (lost site-10)  quorum 7"
             "  epsilon 0.15 of 3  up 58.0 kB  2.0 s, left 38 s"
+        ),
+        (
+            "  model after round 1: loss 1.250  accuracy 0.512"
+            "  (privacy noise on the accuracy: about ±0.07)"
         ),
         (
             "round 2/20  aborted: WR-5001: 6 survivors, 7 needed; waited for site-01, site-02, site-03"

@@ -42,7 +42,7 @@ def test_every_family_and_tuning_is_admitted(family, tuning, tiny, study_of, not
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_windows_of_a_note_are_clipped_as_one_patient(tuning, tiny, study_of, notes):
     learner = _learner(tiny, study_of, notes, "bert", tuning, **WINDOWS)
-    rows, owner = learner.rows_of(np.arange(4, dtype=np.int64))
+    _, owner = learner.rows_of(np.arange(4, dtype=np.int64))
     assert tuning == "head" or np.bincount(owner).max() >= 3
     admit(learner)
 

@@ -1,0 +1,350 @@
+"""The cost of the platform: one round of ten tiny hospitals against a plain torch loop.
+
+MLP 32-64-2, 10 hospitals x 200 rows, batch 20, one local epoch per round. On our side everything
+but the noise is on: handshake, masks, signatures, sealed journals, signed audit logs, and one
+fsynced ledger row per site and round. CPU seconds (user + system) per round, one process.
+
+    python benchmarks/simulator.py [--rounds 20] [--json FILE]
+
+Other simulators run beside it in the same call where they are installed (flwr with ray, nvflare,
+pfl), and the table says so where they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from client.daemon import SiteDaemon
+from client.privacy.ledger import Charge, Ledger, RoundId
+from client.privacy.noise import SecureNoise
+from client.round import SiteRound, Work, Worked
+from client.site import secret_file
+from client.training import LocalTrainer, TrainingSettings
+from common.accountant import DpEvent, epsilon
+from common.audit import AuditLog, write_keys
+from common.crypto.identity import SiteKey
+from common.crypto.seal import Vault
+from common.errors import Code
+from common.evidence import AuditEvidence
+from common.metrics import metric_length
+from common.protocol.terms import Terms
+from common.protocol.transcript import Chain
+from common.protocol.wire import Witness
+from common.secagg.quantise import limit
+from common.secagg.quorum import colluders, quorum
+from common.strategy import OptimizerSettings, ServerOptimizer, initial_exponents
+from common.tensors import Layout
+from common.world import (
+    FileJournal,
+    SealedJournal,
+    SkippingClock,
+    SystemEntropy,
+    WallClock,
+    unix_seconds,
+)
+from server.driver import CoordinatorDriver
+from server.network import InProcessNetwork, SiteHandle, WireTap
+from server.round import Aborted, Completed, CoordinatorRound, Deadlines
+
+SITES, ROWS, BATCH, LABELS = 10, 200, 20, 2
+SHAPES = ((32, 64), (64, LABELS))
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(*SHAPES[0]), nn.ReLU(), nn.Linear(*SHAPES[1]))
+
+
+class RowsLearner:
+    """A hospital's 200 rows and its MLP."""
+
+    def __init__(self, seed: int) -> None:
+        stream = np.random.default_rng(seed)
+        self.module = mlp()
+        self.inputs = torch.from_numpy(stream.normal(size=(ROWS, 32)).astype(np.float32))
+        self.targets = torch.from_numpy(stream.integers(0, LABELS, ROWS))
+        self._loss = nn.CrossEntropyLoss(reduction="none")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(sorted(self.module.named_parameters()))
+
+    def patient_count(self) -> int:
+        return ROWS
+
+    def held_out_count(self) -> int:
+        return 0
+
+    def rows_of(self, patients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return patients, np.arange(len(patients))
+
+    def losses(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        at = torch.from_numpy(rows)
+        losses: torch.Tensor = self._loss(self.module(self.inputs[at]), self.targets[at])
+        return losses
+
+    def measure(self) -> NDArray[np.float64]:
+        return np.zeros(metric_length(LABELS))
+
+
+SETTINGS = TrainingSettings(
+    mode="none",
+    local_steps=ROWS // BATCH,
+    expected_batch=BATCH,
+    micro_batch=BATCH,
+    learning_rate=0.05,
+    optimizer="sgd",
+)
+# What a round would be charged under DP; noise itself is off in this benchmark.
+CHARGE = (Charge("train", "train", (DpEvent(1.5, BATCH / ROWS, ROWS // BATCH),)),)
+
+
+class Worker:
+    """Reserve, train: a real ledger row, real training, no noise."""
+
+    def __init__(self, ledger: Ledger, trainer: LocalTrainer, study: bytes) -> None:
+        self._ledger, self._trainer, self._study = ledger, trainer, study
+        self.final: Chain | None = None
+
+    def work(self, request: Work) -> Worked:
+        reservation = self._ledger.reserve_round(
+            RoundId(self._study, "", request.round), CHARGE, "0" * 64
+        )
+        self._ledger.begin(reservation)
+        update = self._trainer.train(request.state, request.round) if request.trains else None
+        metrics = np.zeros(metric_length(LABELS), np.int64) if request.measures else None
+        return Worked(update, metrics, Witness(self._ledger.counter, self._ledger.head))
+
+    def release(self, round_number: int) -> None:
+        del round_number
+
+    def stopped(self) -> bool:
+        return False
+
+    def finished(self, chain: Chain) -> None:
+        self.final = chain
+
+
+class Meter:
+    """Notes CPU and wall time at every completed round."""
+
+    def __init__(self) -> None:
+        self.cpu: list[float] = [time.process_time()]
+        self.wall: list[float] = [time.monotonic()]
+        self.final: Chain | None = None
+
+    def completed(self, result: Completed, chain: Chain) -> None:
+        del result, chain
+        self.cpu.append(time.process_time())
+        self.wall.append(time.monotonic())
+
+    def aborted(self, result: Aborted) -> None:
+        raise AssertionError(result)
+
+    def refused(self, site: str, code: Code) -> None:
+        raise AssertionError((site, code))
+
+    def over(self, chain: Chain) -> None:
+        self.final = chain
+
+
+def terms_of(keys: dict[str, SiteKey], rounds: int) -> Terms:
+    initial = {n: p.detach().numpy().copy() for n, p in sorted(mlp().named_parameters())}
+    optimizer = ServerOptimizer(OptimizerSettings())
+    layout, count = Layout.of(initial), len(keys)
+    exponents = initial_exponents(layout.specs, limit=limit(24, count), largest=1.0)
+    return Terms(
+        study=bytes(32),
+        roster={s: k.public for s, k in keys.items()},
+        quorum=quorum(count, colluders(count)),
+        weights=dict.fromkeys(keys, 1.0),
+        layout=layout,
+        ring_bits=24,
+        metric_words=metric_length(LABELS),
+        initial=optimizer.initial(initial),
+        exponents=tuple(exponents[s.name] for s in layout.specs),
+        optimizer=optimizer,
+        turns=rounds,
+        evaluate_every=1,
+        rounds=rounds + 1,
+        private=False,
+        burns_tolerated=0,
+    )
+
+
+def platform(rounds: int, folder: Path) -> Meter:
+    entropy, clock, meter = SystemEntropy(), SkippingClock(), Meter()
+    names = [f"site-{i:02d}" for i in range(SITES)]
+    keys = {s: SiteKey.generate(entropy) for s in names}
+    terms = terms_of(keys, rounds)
+    network = InProcessNetwork(clock, WireTap(terms.upload_bytes()))
+    boss = SiteKey.generate(entropy)
+    publics = {s: k.public for s, k in keys.items()} | {"coordinator": boss.public}
+    told = write_keys(folder / "audit", publics)
+    daemons: dict[str, SiteDaemon] = {}
+    for number, name in enumerate(names):
+        home = folder / name
+        home.mkdir(parents=True)
+        vault = Vault(secret_file(home / "vault.key", entropy), entropy)
+        journal = SealedJournal(FileJournal(home / "journal"), vault, name)
+        ledger = Ledger.open(
+            home / "ledger.sqlite", epsilon_cap=1e6, delta=1e-5, clock=WallClock(), entropy=entropy
+        )
+        trainer = LocalTrainer(
+            RowsLearner(number), terms.layout, SETTINGS, SecureNoise(entropy), "cpu"
+        )
+        machine = SiteRound(
+            terms, name, keys[name], entropy, ledger_contains=ledger.contains, record=None
+        )
+        log = _log(folder, name, keys[name], told)
+        daemons[name] = SiteDaemon(
+            machine,
+            journal=journal,
+            transport=network.from_site(name),
+            worker=Worker(ledger, trainer, terms.study),
+            evidence=AuditEvidence(log),
+        )
+        network.sites[name] = SiteHandle(
+            daemons[name].start, daemons[name].receive, lambda: None, up=True
+        )
+    journal_c = FileJournal(folder / "coordinator")
+    driver = CoordinatorDriver(
+        CoordinatorRound(
+            terms, Deadlines(), entropy, patience=3, record=None, blob=journal_c.get_blob
+        ),
+        journal=journal_c,
+        transport=network,
+        clock=clock,
+        evidence=AuditEvidence(_log(folder, "coordinator", boss, told)),
+        observer=meter,
+    )
+    network.driver = driver
+    driver.start()
+    while meter.final is None:
+        network.step()
+    return meter
+
+
+def _log(folder: Path, owner: str, key: SiteKey, told: str) -> AuditLog:
+    return AuditLog.open(
+        folder / "audit" / f"{owner}.jsonl",
+        owner=owner,
+        sign=key.sign_bytes,
+        clock=unix_seconds,
+        facts={"keys": told},
+    )
+
+
+def plain_loop(rounds: int, *, loader: bool) -> float:
+    """CPU seconds per round of the same training in a plain torch loop.
+
+    With `loader` as PyTorch's tutorials write it (DataLoader over a TensorDataset); without,
+    rows are indexed by hand, which nobody's loop is faster than.
+    """
+    learners = [RowsLearner(i) for i in range(SITES)]
+    model = mlp()
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss = nn.CrossEntropyLoss()
+    began = time.process_time()
+    for _ in range(rounds):
+        total = {n: torch.zeros_like(v) for n, v in state.items()}
+        for learner in learners:
+            model.load_state_dict(state)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            for inputs, targets in _batches(learner, loader=loader):
+                optimizer.zero_grad(set_to_none=True)
+                loss(model(inputs), targets).backward()
+                optimizer.step()
+            for n, p in model.named_parameters():
+                total[n] += p.detach()
+        state = {n: v / SITES for n, v in total.items()}
+    return (time.process_time() - began) / rounds
+
+
+def _batches(learner: RowsLearner, *, loader: bool) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    if loader:
+        data = TensorDataset(learner.inputs, learner.targets)
+        yield from DataLoader(data, batch_size=BATCH, shuffle=True)
+        return
+    order = torch.randperm(ROWS)
+    for start in range(0, ROWS, BATCH):
+        at = order[start : start + BATCH]
+        yield learner.inputs[at], learner.targets[at]
+
+
+def others() -> list[tuple[str, str]]:
+    """The other simulators, where they are installed."""
+    rows = []
+    for label, module in (
+        ("flwr simulation (ray)", "ray"),
+        ("nvflare simulator", "nvflare"),
+        ("pfl-research", "pfl"),
+    ):
+        found = importlib.util.find_spec(module) is not None
+        rows.append((label, "installed, not timed here" if found else "not installed here"))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    # Accountant results are cached per history, as in a plan that was shown before the run.
+    for number in range(1, arguments.rounds + 2):
+        steps = (ROWS // BATCH) * number
+        epsilon([DpEvent(1.5, BATCH / ROWS, steps)], 1e-5)
+    plain_loop(2, loader=True)
+    plain = [plain_loop(arguments.rounds, loader=True)]
+    bare = [plain_loop(arguments.rounds, loader=False)]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        meter = platform(arguments.rounds, Path(folder))
+    plain.append(plain_loop(arguments.rounds, loader=True))
+    bare.append(plain_loop(arguments.rounds, loader=False))
+    ours = float(np.median(np.diff(meter.cpu)[1 : arguments.rounds]))
+    told = {
+        "plain_ms": 1e3 * min(plain),
+        "bare_ms": 1e3 * min(bare),
+        "ours_ms": 1e3 * ours,
+        "ratio": ours / min(plain),
+        "ratio_to_bare": ours / min(bare),
+        "first_round_s": meter.wall[1] - began,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+    rows = [
+        ("plain torch loop (DataLoader), CPU ms per round", f"{told['plain_ms']:.1f}", ""),
+        ("the same with rows indexed by hand", f"{told['bare_ms']:.1f}", ""),
+        ("wardround, CPU ms per round", f"{told['ours_ms']:.1f}", ""),
+        ("ratio to the plain loop", f"{told['ratio']:.2f}", "goal <= 3"),
+        ("ratio to rows indexed by hand", f"{told['ratio_to_bare']:.2f}", ""),
+        ("first round after imports, wall s", f"{told['first_round_s']:.2f}", "goal <= 1"),
+        ("peak memory, GB", f"{told['peak_gb']:.2f}", "goal <= 0.7"),
+        *((label, said, "") for label, said in others()),
+    ]
+    for label, value, goal in rows:
+        print(f"{label:50s} {value:>26s}  {goal}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
