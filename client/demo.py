@@ -28,7 +28,7 @@ training:
   local_steps: 6
   sampling_rate: 0.4
   expected_batch: 50
-  spare_rounds: 1
+  spare_rounds: 2
   optimizer: {{name: sgd, learning_rate: 1.0}}
 aggregation:
   optimizer: {{name: fedavgm, learning_rate: 1.0, momentum: 0.5}}

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from client.build import build_model
-from client.data.partition import MIN_PATIENTS, Partition, manifest, partition
-from client.data.records import Record, require_disjoint
-from client.data.tables import TableColumns, read_tables
+from client.data.partition import MIN_PATIENTS
+from client.data.records import Record
 from client.export import export_model, export_tabular
+from client.holdings import Holdings, read_holdings, table_columns
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
@@ -30,11 +30,20 @@ from client.tasks.diagnosis import DiagnosisLearner, choose_device
 from client.tasks.tabular import TabularLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.bundle import Bundle, resolve, with_sites
-from common.errors import Code, ConfigError, DataError
+from common.errors import Code, DataError
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN, StatisticsLayout
-from common.study import DiagnosisTask, Simulation, Study
+from common.study import Study
 from common.world import SeededEntropy
+
+__all__ = [
+    "Federation",
+    "SiteRecords",
+    "build_bundle",
+    "build_learner",
+    "federation_study",
+    "table_columns",
+]
 
 Array = NDArray[np.float32]
 
@@ -55,39 +64,25 @@ class Federation:
         study: the study; its simulation says where the data lies and how it is divided.
         config: the study's file: paths are relative to its folder.
         device: auto, cpu or cuda.
+        holdings: its data, where they were read before.
 
     Raises:
         DataError: naming file and line. ConfigError: the study has no simulation.
     """
 
-    def __init__(self, study: Study, config: Path, *, device: str = "auto") -> None:
+    def __init__(
+        self, study: Study, config: Path, *, device: str = "auto", holdings: Holdings | None = None
+    ) -> None:
         self._device = device
         self._learners: dict[str, Learner] = {}
         self._divided: dict[str, SiteRecords] = {}
-        simulation = _simulation(study)
-        self._seed = simulation.seed
-        files = _paths(simulation.data.files, config)
-        tests = _paths(simulation.data.test_files, config)
-        labels, split = study.task.labels, simulation.split
-        columns = table_columns(study, site=split.column)
-        records = read_tables(files, columns, labels=labels)
-        held = read_tables(tests, columns, labels=labels)
-        require_disjoint(records, held)
-        sites = tuple(site.id for site in study.sites)
-        done = partition(records, split, labels=labels, seed=self._seed, sites=sites)
-        self.sites = tuple(done.records)
-        self.warnings = done.warnings
-        self.manifest: dict[str, Any] = manifest(
-            records, done, split, seed=self._seed, files=[*files, *tests]
-        )
+        held = read_holdings(study, config) if holdings is None else holdings
+        self._seed = held.seed
+        self.sites = tuple(held.records)
+        self.warnings = held.warnings
+        self.manifest: dict[str, Any] = held.manifest
         self.study = with_sites(study, self.sites)
-        self._records = _at_sites(records, done)
-        self._test: dict[str, tuple[Record, ...]] = {}
-        if held:
-            parts = partition(
-                held, split, labels=labels, seed=self._seed, sites=self.sites, floor=1
-            )
-            self._test = _at_sites(held, parts)
+        self._records, self._test = held.records, held.tests
 
     @property
     def tested(self) -> bool:
@@ -196,16 +191,6 @@ class Federation:
         export_model(folder, self.study, load_backbone(self.study.model.backbone), state)
 
 
-def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
-    """The columns that the study reads; `site` names one that says whose row it is."""
-    task = study.task
-    if isinstance(task, DiagnosisTask):
-        names = task.columns
-        return TableColumns(names.text, names.patient, names.label, site)
-    numbers = tuple(feature.name for feature in task.features)
-    return TableColumns(None, task.columns.patient, task.columns.label, site, numbers)
-
-
 def build_learner(
     study: Study, train: Sequence[Record], held_out: Sequence[Record], device: torch.device
 ) -> Learner:
@@ -214,22 +199,6 @@ def build_learner(
         return TabularLearner(study, train, held_out, device=device)
     backbone = load_backbone(study.model.backbone)
     return DiagnosisLearner(study, train, held_out, backbone, device=device)
-
-
-def _simulation(study: Study) -> Simulation:
-    if study.simulation is None:
-        raise ConfigError(
-            Code.NO_SIMULATION, f"The study {study.name} has no section `simulation`."
-        )
-    return study.simulation
-
-
-def _paths(names: Sequence[str], config: Path) -> list[Path]:
-    return [(config.parent / name).resolve() for name in names]
-
-
-def _at_sites(records: Sequence[Record], done: Partition) -> dict[str, tuple[Record, ...]]:
-    return {site: tuple(records[i] for i in rows) for site, rows in done.records.items()}
 
 
 def build_bundle(study: Study) -> Bundle:
@@ -242,4 +211,4 @@ def federation_study(study: Study, config: Path) -> Study:
     """The study with its sites: listed, or, in a simulation, as its data gives them."""
     if study.sites or study.simulation is None:
         return study
-    return Federation(study, config).study
+    return with_sites(study, tuple(read_holdings(study, config).records))

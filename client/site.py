@@ -333,10 +333,13 @@ def _contains(ledger: Ledger | None) -> Callable[[int, bytes], bool]:
 
 
 def open_federation(study: Study, config: Path, *, device: str) -> Federation:
-    """All hospitals of a simulation (client.federation), imported with torch only here."""
+    """All hospitals of a simulation; torch is loaded once their data have been read."""
+    from client.holdings import read_holdings
+
+    holdings = read_holdings(study, config)
     from client.federation import Federation
 
-    return Federation(study, config, device=device)
+    return Federation(study, config, device=device, holdings=holdings)
 
 
 def built_parameters(study: Study) -> int:

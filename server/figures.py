@@ -52,9 +52,17 @@ def sites(result: RunResult) -> bytes | None:
     axes = figure.subplots()
     for place, site in enumerate(rows):
         _draw_site(axes, place, site)
+    if result.everywhere is not None:
+        axes.axvline(
+            result.everywhere.accuracy,
+            color=_BLUE,
+            linewidth=1.2,
+            linestyle=":",
+            label="together, on all",
+        )
     axes.set_yticks(range(len(rows)), [_site_label(site) for site in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("accuracy on the hospital's own held-out patients, 95 % interval")
+    axes.set_ylim(-0.6, len(rows) - 0.3)
+    axes.set_xlabel("accuracy on held-out patients (its own, unless said), 95 % interval")
     _tidy(axes, grid="x")
     axes.set_title(f"{result.study}: alone and together (simulation only)", **_TITLE)
     _legend(axes)
@@ -93,6 +101,7 @@ def _draw_quality(axes: Any, result: RunResult) -> None:
         )
     _draw_aborted(axes, [r for r in result.rounds if r.code is not None])
     axes.set_ylabel("accuracy, F1")
+    axes.set_ylim(0, 1)
     _tidy(axes, grid="y")
     _legend(axes)
 
@@ -135,6 +144,7 @@ def _draw_site(axes: Any, place: int, site: SiteResult) -> None:
     for found, colour, mark, shift, name in (
         (site.alone, _ORANGE, "s", 0.13, "alone"),
         (site.together, _BLUE, "o", -0.13, "together"),
+        (site.alone_everywhere, _RED, "^", 0.32, "alone, on all"),
     ):
         if found is not None:
             axes.errorbar(

@@ -117,6 +117,8 @@ class PrivacyFacts:
     """What the privacy statement is made of; the largest site's numbers.
 
     Units:
+        epsilon, evaluation_epsilon: what the study promises at most; what was spent is in the
+            answers and in the sites.
         answers: training epsilon by accountant, from the ledger of the site that spent most.
         evaluation_answers: the same for its held-out patients.
         evaluation_noise: Gaussian noise over the sensitivity sqrt(2) of one patient.
@@ -572,7 +574,7 @@ def _card_quality(result: RunResult) -> str:
 
 SITE_COLUMNS = (
     *("hospital", "patients", "held out", "alone", "together"),
-    *("alone, everywhere", "ε spent"),
+    *("alone on all", "ε spent"),
 )
 
 
@@ -587,7 +589,7 @@ def site_table(result: RunResult) -> str:
         "",
         (
             "Accuracy on the hospital's own held-out patients, exact, with 95 % bootstrap "
-            "intervals; `alone, everywhere` is the hospital's own model on the held-out patients "
+            "intervals; `alone on all` is the hospital's own model on the held-out patients "
             "of all hospitals. One user owns all the data here; a real run never shows these "
             "numbers, and no promise above covers them."
         ),
@@ -597,7 +599,7 @@ def site_table(result: RunResult) -> str:
     ]
     lines += [f"| {' | '.join(row)} |" for row in site_rows(result, cell=_cell)]
     if result.everywhere is not None:
-        lines += ["", f"Together, everywhere: {_sentence(result.everywhere)}."]
+        lines += ["", f"Together on all: {_sentence(result.everywhere)}."]
     return "\n".join(lines)
 
 

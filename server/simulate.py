@@ -38,7 +38,6 @@ from common.config import load
 from common.crypto.identity import SiteKey
 from common.errors import AbortedRound, Code, StorageError, WardroundError
 from common.evidence import AuditEvidence, Evidence
-from common.logs import ALLOWED, Log, open_log
 from common.metrics import bootstrap_interval, metrics_from_words, words_from_counts
 from common.plan import evaluation_rounds, plan
 from common.protocol.transcript import Chain
@@ -71,6 +70,7 @@ from server.table import RoundSummary, RunView
 
 if TYPE_CHECKING:
     from client.site import Federation
+    from common.logs import Log
 
 # Deadlines that brought nothing, in a row, before a simulation says what it waits for.
 PATIENCE = 6
@@ -149,6 +149,8 @@ def _guided(paths: Paths) -> Iterator[None]:
 
 
 def _log_fault(paths: Paths, error: WardroundError) -> None:
+    from common.logs import open_log
+
     try:
         open_log(paths.log).error("run.failed", code=error.code)
     except StorageError:
@@ -190,14 +192,17 @@ class _Witnessed:
     """The coordinator's evidence: into its audit log, into the log, and to whoever watches."""
 
     def __init__(self, audit: Evidence, log: Log) -> None:
+        from common.logs import ALLOWED
+
         self._audit = audit
         self._log = log
+        self._allowed = ALLOWED
         self.declined: dict[str, str] = {}
 
     def record(self, event: str, fields: Mapping[str, Value]) -> None:
         """Append one event, and remember who declined the round and why."""
         self._audit.record(event, fields)
-        self._log.info(event, **{key: fields[key] for key in fields if key in ALLOWED})
+        self._log.info(event, **{key: fields[key] for key in fields if key in self._allowed})
         if event == "round.started":
             self.declined = {}
         if event == "peer.refused":
@@ -226,6 +231,8 @@ class _Run:
         self._sites: dict[str, Site] = {}
         self._ledgers = self._open_ledgers()
         self._history = History(paths.history)
+        from common.logs import open_log
+
         self._events = open_log(paths.log)
         self._terms = terms
         self._final: Chain | None = None
@@ -638,10 +645,9 @@ class _Run:
                 "PLD (dp-accounting)": epsilon(events, privacy.delta),
                 "RDP (dp-accounting)": epsilon_rdp(events, privacy.delta),
             }
-        spent = most.spent()
         return PrivacyFacts(
             mode=privacy.mode,
-            epsilon=spent.epsilon,
+            epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_rate=training.sampling_rate,
             expected_batch=training.expected_batch,
@@ -649,7 +655,7 @@ class _Run:
             clip_norm=privacy.clip_norm,
             noise_multiplier=bundle.noise_multiplier,
             answers=answers["train"],
-            evaluation_epsilon=spent.held_out,
+            evaluation_epsilon=privacy.evaluation_epsilon or privacy.epsilon,
             evaluation_noise=bundle.evaluation_noise,
             evaluation_releases=releases,
             evaluation_answers=answers["held_out"],

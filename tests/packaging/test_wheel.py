@@ -245,6 +245,20 @@ def test_control_another_missing_module_is_a_bug_and_surfaces(tmp_path):
     assert "Traceback" in done.stderr
 
 
+def test_a_fault_in_the_data_is_told_before_anything_heavy_is_loaded(tmp_path):
+    text = (ROOT / "configs" / "simulation.yaml").read_text()
+    (tmp_path / "study.yaml").write_text(text.replace("data/synthetic-notes.csv", "none.csv"))
+    code = """
+from common.cli import main
+status = main(["simulate", "study.yaml"])
+heavy = [name for name in ("torch", "transformers", "opacus", "dp_accounting", "matplotlib")
+         if name in sys.modules]
+print(status, heavy)
+"""
+    done = python(code, folder=tmp_path)
+    assert done.stdout.splitlines()[-1] == "3 []", done.stdout + done.stderr
+
+
 def test_locked_requirements_carry_hashes_and_no_address():
     files = sorted((ROOT / "requirements").glob("*.txt"))
     assert [path.stem for path in files] == ["client", "coordinator", "dev", "simulation"]

@@ -41,11 +41,14 @@ count, limit, how = 0, None, None
 def watch(name):
     real = getattr(os, name)
     def called(*args, **more):
-        global count
+        global count, limit
         count += 1
         if limit is not None and count >= limit:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stop":
+                limit = None
+                raise KeyboardInterrupt
             if how == "full" and name in ("write", "pwrite"):
                 raise OSError(28, "No space left on device")
         return real(*args, **more)
@@ -261,6 +264,20 @@ def test_a_full_disk_is_told_and_the_run_resumes(clean, forks, tmp_path, part):
         killed, status, told = forks.run("resume", out)
         assert (killed, status) == (False, 0), told
         require_whole(out)
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
+def test_an_interrupted_run_says_how_to_go_on(clean, forks, tmp_path, part):
+    study, calls = clean
+    out = tmp_path / "out"
+    words = ("simulate", study, "--out", out, "--no-alone")
+    killed, status, told = forks.run(*words, at=int(calls * part), mode="stop")
+    assert (killed, status) == (False, 130), told
+    assert "Traceback" not in told
+    assert told.splitlines()[-1] == f"Next: wardround resume {out}"
+    killed, status, told = forks.run("resume", out)
+    assert (killed, status) == (False, 0), told
+    require_whole(out)
 
 
 @pytest.mark.parametrize("size", [4096, 16384])

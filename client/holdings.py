@@ -1,0 +1,93 @@
+"""The records of a simulation, read and divided among its hospitals. No torch.
+
+A fault in a file is told before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.data.partition import Partition, manifest, partition
+from client.data.records import Record, require_disjoint
+from client.data.tables import TableColumns, read_tables
+from common.errors import Code, ConfigError
+from common.study import DiagnosisTask, Simulation, Study
+
+__all__ = ["Holdings", "read_holdings", "table_columns"]
+
+BySite = dict[str, tuple[Record, ...]]
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What every hospital of a simulation holds, and how it came to be divided.
+
+    Attributes:
+        records: by hospital.
+        tests: the records of the study's test files by hospital; empty where it has none.
+    """
+
+    records: BySite
+    tests: BySite
+    warnings: tuple[str, ...]
+    manifest: dict[str, Any]
+    seed: int
+
+
+def read_holdings(study: Study, config: Path) -> Holdings:
+    """Read and divide a simulation's data; paths are relative to the folder of `config`.
+
+    Raises:
+        DataError: naming file and line. ConfigError: the study has no simulation.
+    """
+    simulation = _simulation(study)
+    files = _paths(simulation.data.files, config)
+    tests = _paths(simulation.data.test_files, config)
+    labels, split, seed = study.task.labels, simulation.split, simulation.seed
+    columns = table_columns(study, site=split.column)
+    records = read_tables(files, columns, labels=labels)
+    held = read_tables(tests, columns, labels=labels)
+    require_disjoint(records, held)
+    sites = tuple(site.id for site in study.sites)
+    done = partition(records, split, labels=labels, seed=seed, sites=sites)
+    tested: BySite = {}
+    if held:
+        names = tuple(done.records)
+        parts = partition(held, split, labels=labels, seed=seed, sites=names, floor=1)
+        tested = _at_sites(held, parts)
+    return Holdings(
+        records=_at_sites(records, done),
+        tests=tested,
+        warnings=done.warnings,
+        manifest=manifest(records, done, split, seed=seed, files=[*files, *tests]),
+        seed=seed,
+    )
+
+
+def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
+    """The columns that the study reads; `site` names one that says whose row it is."""
+    task = study.task
+    if isinstance(task, DiagnosisTask):
+        names = task.columns
+        return TableColumns(names.text, names.patient, names.label, site)
+    numbers = tuple(feature.name for feature in task.features)
+    return TableColumns(None, task.columns.patient, task.columns.label, site, numbers)
+
+
+def _simulation(study: Study) -> Simulation:
+    if study.simulation is None:
+        raise ConfigError(
+            Code.NO_SIMULATION, f"The study {study.name} has no section `simulation`."
+        )
+    return study.simulation
+
+
+def _paths(names: Sequence[str], config: Path) -> list[Path]:
+    return [(config.parent / name).resolve() for name in names]
+
+
+def _at_sites(records: Sequence[Record], done: Partition) -> dict[str, tuple[Record, ...]]:
+    return {site: tuple(records[i] for i in rows) for site, rows in done.records.items()}
