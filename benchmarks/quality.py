@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -108,6 +109,21 @@ def features_kept() -> Iterator[None]:
 
     with patch.object(DiagnosisLearner, "_features", features):
         yield
+
+
+def frozen_at() -> str | None:
+    """The commit that holds the frozen settings as they are; None where there is no checkout.
+
+    The test set is measured for committed settings alone: whoever changed one would have seen it.
+    """
+    asked = ["git", "-C", str(ROOT), "status", "--porcelain", "--", str(FROZEN)]
+    status = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if status.returncode:
+        return None
+    if status.stdout:
+        sys.exit("configs/quality has changes that are not committed: the test set stays closed")
+    asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h of %cI", "--", str(FROZEN)]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_test(source: Path, target: Path, *, patient: str) -> None:
@@ -258,6 +274,7 @@ def main() -> int:
     if absent:
         print(f"skipped: {source} has no {' and no '.join(absent)}")
         return 0
+    commit = None if options.validate else frozen_at()
     torch.set_num_threads(1)
     studies = options.studies or [FROZEN / f"{name}.yaml" for name in ("none", "eps8", "eps3")]
     began = time.monotonic()
@@ -273,10 +290,17 @@ def main() -> int:
     where = "held-out fifth of the training file" if options.validate else "official test set"
     first = rows[0].outcomes[0]
     print(f"{where}, about {first.patients} patients; mean ± sd of {options.seeds} seeds")
+    if commit is not None:
+        print(f"settings: configs/quality at commit {commit}")
     show(rows, goals)
     print(f"{time.monotonic() - began:.0f} s, {cpu_seconds():.0f} CPU s in all, one thread")
     if options.json:
-        document = {"measured_on": where, "rows": [asdict(row) for row in rows], "goals": goals}
+        document = {
+            "measured_on": where,
+            "settings": commit,
+            "rows": [asdict(row) for row in rows],
+            "goals": goals,
+        }
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0 if all(met for _, met in goals.values()) else 1
 
