@@ -37,9 +37,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from client.devices import choose_device
 from client.federation import Federation, build_learner
 from client.privacy.noise import SecureNoise
-from client.tasks.diagnosis import DiagnosisLearner, choose_device
+from client.tasks.diagnosis import DiagnosisLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.config import load
 from common.metrics import metrics_from_words

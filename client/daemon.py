@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from client.round import (
-    DropBlob,
     Effect,
     Final,
-    Note,
-    Persist,
-    PutBlob,
     Release,
     Send,
     SendBlob,
@@ -26,6 +22,7 @@ from client.round import (
 from common.errors import Code, DataError, ProtocolError, RefusedError, WardroundError
 from common.evidence import Evidence
 from common.ports import Journal, Transport
+from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.transcript import Chain
 
 COORDINATOR = "coordinator"
@@ -135,7 +132,11 @@ class SiteDaemon:
         return self._machine.worked(request.round, result)
 
     def _declined(self, request: Work, error: WardroundError) -> list[Effect]:
+        """Sit the round out. What is wrong with the records never leaves, not even as a code."""
+        code = Code.DATA_DECLINED if isinstance(error, DataError) else error.code
+        own = Note("budget.refused", {"code": error.code.label, "round": request.round})
         return [
             *self._machine.decline(request.round),
-            *self._machine.refusal(error.code, None),
+            own,
+            *self._machine.refusal(code, None),
         ]

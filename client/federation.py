@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 from client.build import build_model
 from client.data.partition import MIN_PATIENTS
 from client.data.records import Record
+from client.devices import choose_device
 from client.export import export_model, export_tabular
 from client.holdings import Holdings, read_holdings, table_columns
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
 from client.tasks.base import Learner, Normalising
-from client.tasks.diagnosis import DiagnosisLearner, choose_device
+from client.tasks.diagnosis import DiagnosisLearner
 from client.tasks.tabular import TabularLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.bundle import Bundle, resolve, with_sites
 from common.errors import Code, DataError
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN, StatisticsLayout
+from common.strategy import model_tensors
 from common.study import Study
 from common.world import SeededEntropy
 
@@ -46,6 +48,9 @@ __all__ = [
 ]
 
 Array = NDArray[np.float32]
+
+# Far below what float32 can tell: the private steps as they are, but for the noise.
+_NO_NOISE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -140,33 +145,28 @@ class Federation:
         return self._learners[site]
 
     def alone(self, site: str, bundle: Bundle) -> dict[str, Array]:
-        """What one hospital reaches with its own records only: as many steps, no noise.
+        """What one hospital reaches with its own records only: the study's recipe without noise.
 
-        Its model never leaves the hospital and needs no privacy: the comparison favours it. The
-        order of its batches comes from the simulation's seed.
+        The same steps, clipping and optimisers as together; its model never leaves the hospital
+        and needs no noise, so the comparison favours it. Sampling follows the simulation's seed.
         """
-        learner, training = self.learner(site), self.study.training
-        optimizer = training.optimizer
-        settings = TrainingSettings(
-            mode="none",
-            local_steps=training.local_steps * training.rounds,
-            expected_batch=min(training.expected_batch, max(8, learner.patient_count() / 4)),
-            micro_batch=training.micro_batch,
-            learning_rate=optimizer.learning_rate,
-            optimizer=optimizer.name,
-            weight_decay=optimizer.weight_decay,
-            momentum=optimizer.momentum,
-            precision="float32" if self.study.model is None else self.study.model.precision,
+        learner, study = self.learner(site), self.study
+        silent = _NO_NOISE if study.privacy.mode != "none" else None
+        settings = TrainingSettings.from_study(
+            study, noise_multiplier=silent, evaluation_noise=None, statistics_noise=None
         )
         noise = SecureNoise(SeededEntropy(f"alone {self._seed} {site}"))
         trainer = LocalTrainer(learner, bundle.layout, settings, noise, self._device)
         own: dict[str, Array] = {}
         if isinstance(learner, Normalising):
-            words = trainer.statistics()
+            words = learner.statistic_words()
             own = StatisticsLayout(len(words) // 3).resolve(words, 1)
-        start = bundle.layout.flatten(bundle.initial)
-        update = trainer.train({**bundle.initial, **own}, 0)
-        return {**bundle.layout.unflatten(start + update), **own}
+        optimizer = bundle.optimizer()
+        state = optimizer.initial(bundle.initial)
+        for number in range(1, study.training.rounds + 1):
+            update = trainer.train({**state, **own}, number)
+            state = optimizer.apply(state, bundle.layout.unflatten(update))
+        return {**model_tensors(state), **own}
 
     def counts(self, site: str, state: Tensors) -> NDArray[np.float64]:
         """The un-noised metric vector of `state` over one site's held-out patients."""

@@ -65,11 +65,12 @@ def predict(
     if out.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
     columns = TableColumns(text=text, patient=patient)
-    classify: _Classifier | _TabularClassifier
+    classify: _Predictor
     if (model_folder / TABULAR_FILE).is_file():
-        classify = _TabularClassifier(model_folder)
-        columns = TableColumns(None, patient, numbers=classify.columns)
+        tabular = _TabularClassifier(model_folder)
+        columns = TableColumns(None, patient, numbers=tabular.columns)
         records = read_table(file, columns, labels=None)
+        classify = tabular
     else:
         records = read_table(file, columns, labels=None)
         classify = _Classifier(model_folder, device)
@@ -78,15 +79,36 @@ def predict(
     return len(records)
 
 
-class _Classifier:
+class _Predictor:
+    """A saved model: probabilities of its labels, record by record."""
+
+    labels: tuple[str, ...]
+
+    def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
+        for first in range(0, len(records), _BATCH):
+            chunk = records[first : first + _BATCH]
+            for record, row in zip(chunk, self._probabilities(chunk), strict=True):
+                best = max(range(len(row)), key=row.__getitem__)
+                yield Prediction(
+                    line=record.line,
+                    patient=record.patient if keep_patient else None,
+                    label=self.labels[best],
+                    probabilities=dict(zip(self.labels, row, strict=True)),
+                )
+
+    def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
+        raise NotImplementedError
+
+
+class _Classifier(_Predictor):
     """A saved model and its way of reading notes."""
 
     def __init__(self, folder: Path, device: str) -> None:
         import transformers
         from safetensors import SafetensorError
 
+        from client.devices import choose_device
         from client.tasks.backbone import load_backbone
-        from client.tasks.diagnosis import choose_device
         from client.tasks.network import input_maker, saved_reading
         from client.tasks.text import Encoder
 
@@ -105,18 +127,6 @@ class _Classifier:
         self._encode = Encoder(backbone.tokenizer, saved_reading(model.config))
         names = model.config.id2label
         self.labels = tuple(str(names[index]) for index in sorted(names))
-
-    def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
-        for first in range(0, len(records), _BATCH):
-            chunk = records[first : first + _BATCH]
-            for record, row in zip(chunk, self._probabilities(chunk), strict=True):
-                best = max(range(len(row)), key=row.__getitem__)
-                yield Prediction(
-                    line=record.line,
-                    patient=record.patient if keep_patient else None,
-                    label=self.labels[best],
-                    probabilities=dict(zip(self.labels, row, strict=True)),
-                )
 
     def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
         import numpy as np
@@ -138,7 +148,7 @@ class _Classifier:
         return rows
 
 
-class _TabularClassifier:
+class _TabularClassifier(_Predictor):
     """A saved model of numbers, and its normalisation."""
 
     def __init__(self, folder: Path) -> None:
@@ -162,18 +172,6 @@ class _TabularClassifier:
         shapes = [matrix.shape for matrix, _ in self._layers]
         if shapes != list(itertools.pairwise(widths)) or not all(self._high > self._low):
             raise _unfit(folder, "shapes or bounds")
-
-    def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
-        for first in range(0, len(records), _BATCH):
-            chunk = records[first : first + _BATCH]
-            for record, row in zip(chunk, self._probabilities(chunk), strict=True):
-                best = max(range(len(row)), key=row.__getitem__)
-                yield Prediction(
-                    line=record.line,
-                    patient=record.patient if keep_patient else None,
-                    label=self.labels[best],
-                    probabilities=dict(zip(self.labels, row, strict=True)),
-                )
 
     def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
         import numpy as np

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from client.handshake import Handshake
 from common.crypto import labels
-from common.crypto.digest import decode, digest, encode, expand, tree_digest
+from common.crypto.digest import decode, digest, encode, expand, hkdf_expand, labelled, tree_digest
 from common.crypto.identity import SiteKey, verify
 from common.crypto.mask import add_streams
 from common.crypto.seal import seal, unseal
@@ -39,11 +39,11 @@ from common.protocol.codec import (
     sequence,
     text,
 )
+from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.terms import METRIC_LANE, STATISTIC_LANE, UPDATE_LANE, Terms
 from common.protocol.transcript import (
     Chain,
     advance,
-    certified_survivors,
     commit,
     count_signers,
     head_digest,
@@ -93,7 +93,7 @@ from common.protocol.wire import (
     unpack_body,
     unpack_from_coordinator,
 )
-from common.secagg.masking import Lane, masked_planes, planes_over, stream_key
+from common.secagg.masking import Lane, masked_planes, planes_over, stream_key, stream_keys
 from common.secagg.masking import pack as pack_planes
 from common.tensors import state_digest
 
@@ -108,30 +108,8 @@ _OPEN_SHARES = 2 * SHARE_BYTES + 2 * SALT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Persist:
-    """Make this record durable before anything that follows."""
-
-    record: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PutBlob:
-    """Durably keep an upload's own bytes, for answering a duplicate."""
-
-    name: str
-    parts: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class SendBlob:
     """Send the kept bytes again."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class DropBlob:
-    """Forget kept bytes."""
 
     name: str
 
@@ -167,14 +145,6 @@ class Final:
     """The run is over and this is the model."""
 
     chain: Chain
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """An audit event, in the words of common.audit."""
-
-    event: str
-    fields: Mapping[str, str | int | tuple[str, ...]]
 
 
 Effect = Persist | PutBlob | SendBlob | DropBlob | Send | Work | Release | Final | Note
@@ -295,6 +265,7 @@ class _Secrets:
     header_hash: bytes
     self_secret: bytes
     seeds: dict[str, bytes]
+    tags: dict[str, bytes]
     own_shares: bytes
     head: Signed
     ready: bytes
@@ -498,10 +469,10 @@ class SiteRound:
         if again is not None:
             return again
         self._check_epoch(message.epoch)
-        chain = self._chain_for(message.run, message.link, message.base)
+        chain, survivors = self._chain_for(message.run, message.link, message.base)
         header = self._header(message, chain)
         self._check_retry(chain, header, self._certified(message.burns))
-        completed = self._completed(message.link, chain)
+        completed = self._completed(message.link, chain, survivors)
         self._chain = chain
         self._pending = (header, header_hash(header))
         self._secrets = None
@@ -573,15 +544,17 @@ class SiteRound:
                 Code.HANDSHAKE_INCOMPLETE, f"Epoch {epoch} is not established at this site."
             )
 
-    def _chain_for(self, run: bytes, link: Link | None, base: memoryview | None) -> Chain:
-        """The chain this round builds on, every step of it checked."""
+    def _chain_for(
+        self, run: bytes, link: Link | None, base: memoryview | None
+    ) -> tuple[Chain, bytes]:
+        """The chain this round builds on, every step of it checked, and its survivors hash."""
         seen, chain = self.record, self._chain
         if link is None:
             if seen.version:
                 raise ProtocolError(Code.LINK_STALE, "A newer model was applied here before.")
             if chain is None or chain.version:
                 raise ProtocolError(Code.LINK_MISSING, "The last round's link is missing.")
-            return chain
+            return chain, b""
         at = link.header.round
         if at < seen.version:
             raise ProtocolError(Code.LINK_STALE, f"Round {at} is older than what was applied.")
@@ -594,17 +567,16 @@ class SiteRound:
             if not same and at == seen.confirmed:
                 raise ProtocolError(Code.LINK_EQUIVOCATION, f"Another aggregate of round {at}.")
             if same and chain is not None and chain.version == at:
-                return chain
+                return chain, survivors
             chain = None
         if chain is None or chain.state_digest != link.header.state:
             chain = self._from_base(link, base)
-        return advance(self._terms, chain, link, state_digest)
+        return advance(self._terms, chain, link, state_digest, survivors), survivors
 
-    def _completed(self, link: Link | None, chain: Chain) -> list[Effect]:
+    def _completed(self, link: Link | None, chain: Chain, survivors: bytes) -> list[Effect]:
         """The audit event of a link that is new here."""
         if link is None or chain.prev == self.record.prev:
             return []
-        survivors = certified_survivors(link)
         return [
             Note(
                 "round.completed",
@@ -706,7 +678,9 @@ class SiteRound:
         terms, site = self._terms, self._site
         peers = sorted(self.record.keys)
         secret, recovery = self._entropy.take(32), self._entropy.take(32)
-        seeds = {v: expand(self.record.keys[v], labels.ROUND_SEED, hashed) for v in peers}
+        purpose = labelled(labels.ROUND_SEED, hashed)
+        seeds = {v: hkdf_expand(self.record.keys[v], purpose) for v in peers}
+        tags = {v: expand(seeds[v], labels.PAIR_TAG, length=TAG_BYTES) for v in peers}
         blob = seal(
             expand(recovery, labels.BLOB_KEY, hashed, site),
             b"".join(seeds[v] for v in peers),
@@ -715,25 +689,23 @@ class SiteRound:
         )
         self_commitment = digest(labels.SELF_COMMITMENT, hashed, site, secret)
         recovery_commitment = digest(labels.RECOVERY_COMMITMENT, hashed, site, recovery)
-        points = [terms.point(v) for v in terms.parties]
-        self_shares = split(secret, terms.quorum, points, self._entropy)
-        recovery_shares = split(recovery, terms.quorum, points, self._entropy)
+        points = {v: terms.point(v) for v in terms.parties}
+        self_shares = split(secret, terms.quorum, tuple(points.values()), self._entropy)
+        recovery_shares = split(recovery, terms.quorum, tuple(points.values()), self._entropy)
         salts = self._entropy.take(2 * SALT_BYTES * (len(peers) + 1))
         sealed: dict[str, bytes] = {}
         pairs: dict[str, bytes] = {}
         opened: dict[str, bytes] = {}
         for index, v in enumerate([*peers, site]):
             salt = salts[2 * SALT_BYTES * index : 2 * SALT_BYTES * (index + 1)]
-            point = terms.point(v)
-            opened[v] = self_shares[point] + recovery_shares[point] + salt
+            opened[v] = self_shares[points[v]] + recovery_shares[points[v]] + salt
         for v in peers:
             key = _share_key(
                 self.record.keys[v], hashed, site, v, self_commitment, recovery_commitment
             )
             sealed[v] = seal(key, opened[v], hashed, site, v)
-            tag = expand(seeds[v], labels.PAIR_TAG, length=TAG_BYTES)
             shares_digest = digest(labels.SEALED_SHARES, sealed[v])
-            pairs[v] = tag + shares_digest + share_commitments(hashed, site, v, opened[v])
+            pairs[v] = tags[v] + shares_digest + share_commitments(hashed, site, v, opened[v])
         head = Head(
             hashed,
             header.round,
@@ -754,6 +726,7 @@ class SiteRound:
             hashed,
             secret,
             seeds,
+            tags,
             opened[site],
             signed,
             ready,
@@ -835,8 +808,7 @@ class SiteRound:
             if v == site:
                 continue
             pair = head.pairs.get(site, b"")
-            tag = expand(secrets.seeds[v], labels.PAIR_TAG, length=TAG_BYTES)
-            if pair[:TAG_BYTES] != tag:
+            if pair[:TAG_BYTES] != secrets.tags[v]:
                 raise ProtocolError(Code.HEAD_TAG, f"No common seed with {v}.", culprit=v)
             sealed = message.shares.get(v, b"")
             key = _share_key(
@@ -885,11 +857,14 @@ class SiteRound:
         Up to c peers may lie together: they stop this site for the round and are named. More
         than c of them cannot all lie: the ledger was rolled back, and the run ends here.
         """
-        accusers = [
-            v for v, head in heads.items()
+        said = {
+            v: (mine.counter, mine.head)
+            for v, head in heads.items()
             if v != self._site and (mine := head.witnessed.get(self._site)) is not None
-            and not self._ledger_contains(mine.counter, mine.head)
-        ]  # fmt: skip
+        }
+        # Honest peers have all witnessed the same row: it is looked up once.
+        missing = {row for row in set(said.values()) if not self._ledger_contains(*row)}
+        accusers = [v for v, row in said.items() if row in missing]
         if not accusers:
             return
         proven = len(accusers) > self._terms.colluders
@@ -909,16 +884,16 @@ class SiteRound:
         secrets = self._secrets
         if secrets is None:
             raise AssertionError("masking happens in the ready stage only")
+        peers = [v for v in sorted(heads) if v != self._site]
+        seeds = [secrets.seeds[v] for v in peers]
+        signs = [1, *(1 if self._site < v else -1 for v in peers)]
         planes: list[Any] = []
         trees: list[tuple[Lane, bytes]] = []
         for lane in secrets.header.lanes:
-            keys = [stream_key(secrets.self_secret, labels.SELF_STREAM, lane, participants)]
-            signs = [1]
-            for v in sorted(heads):
-                if v != self._site:
-                    seed = secrets.seeds[v]
-                    keys.append(stream_key(seed, labels.PAIR_STREAM, lane, participants))
-                    signs.append(1 if self._site < v else -1)
+            keys = [
+                stream_key(secrets.self_secret, labels.SELF_STREAM, lane, participants),
+                *stream_keys(seeds, labels.PAIR_STREAM, lane, participants),
+            ]
             lane_planes, tree = self._masked(lane, secrets, keys, signs)
             planes.extend(lane_planes)
             trees.append((lane, tree))
@@ -1116,10 +1091,10 @@ class SiteRound:
 
     def _finished(self, message: Finished) -> list[Effect]:
         run = self._check_run(message.study, message.run)
-        chain = self._chain_for(run, message.link, message.base)
+        chain, survivors = self._chain_for(run, message.link, message.base)
         if chain.turn <= self._terms.turns + 1:
             raise ProtocolError(Code.ROUND_KIND, f"The study is not over at turn {chain.turn}.")
-        completed = self._completed(message.link, chain)
+        completed = self._completed(message.link, chain, survivors)
         self._chain = chain
         self._forget()
         kept = self._persist(
@@ -1134,7 +1109,7 @@ class SiteRound:
         note = Note("run.finished", {"model": chain.state_digest.hex()})
         return [kept, DropBlob(UPLOAD_BLOB), *completed, note, Final(chain)]
 
-    # ------------------------------------------------------------ helpers
+    # ------------------------------------------------------------ saying and storing
 
     def _persist(self, **changes: Any) -> Persist:  # private: named fields of SiteRecord
         self.record = replace(self.record, **changes)
@@ -1213,5 +1188,6 @@ def _ratcheted(keys: Mapping[str, bytes], start: int, stop: int) -> dict[str, by
     """The pair keys moved forward from round index `start` to `stop`; there is no way back."""
     moved = dict(keys)
     for index in range(start, stop):
-        moved = {v: expand(key, labels.RATCHET, index) for v, key in moved.items()}
+        purpose = labelled(labels.RATCHET, index)
+        moved = {v: hkdf_expand(key, purpose) for v, key in moved.items()}
     return moved

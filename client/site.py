@@ -6,6 +6,7 @@ the first training or measurement is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from common.world import (
     FileJournal,
     SealedJournal,
     WallClock,
+    make_folder,
     unix_seconds,
     write_durably,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "Site",
     "SiteSetup",
     "built_parameters",
+    "charges_of",
     "forecast",
     "open_federation",
     "open_ledger",
@@ -177,9 +180,14 @@ class HospitalWorker:
         if self._ledger is None:
             return
         bundle = self._setup.bundle
-        charges = _charges(bundle, request)
+        charges = charges_of(bundle, request)
         round_id = RoundId(bundle.digest, "", request.round)
-        reservation = self._ledger.reserve_round(round_id, charges, self._setup.split_id)
+        reservation = self._ledger.reserve_round(
+            round_id,
+            charges,
+            self._setup.split_id,
+            study_limit=bundle.study.privacy.epsilon or math.inf,
+        )
         self._ledger.begin(reservation)
         self._reservations = {request.round: reservation}
 
@@ -209,8 +217,8 @@ def _settings(bundle: Bundle):  # type: ignore[no-untyped-def]  # noqa: ANN202 -
     )
 
 
-def _charges(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
-    """What this round does to training patients and to held-out patients."""
+def charges_of(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
+    """What a round of a private study does to training patients and to held-out patients."""
     from common.accountant import DpEvent
 
     training = bundle.study.training
@@ -276,8 +284,8 @@ class Site:
 
 
 def site_key(folder: Path, entropy: Entropy) -> SiteKey:
-    """The hospital's identity, made on first use."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """The hospital's identity, made on first use. Raises StorageError."""
+    make_folder(folder, mode=0o700)
     return SiteKey.from_seed(secret_file(folder / IDENTITY_FILE, entropy))
 
 

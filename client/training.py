@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
+from client.devices import choose_device
 from client.privacy.admission import admit
 from client.privacy.engine import PerSampleEngine
-from client.privacy.ledger import Charge
 from client.privacy.noise import SecureNoise
 from client.privacy.sampling import sample_patients
-from client.tasks.base import Learner, Normalising
-from common.accountant import DpEvent
+from client.tasks.base import Learner, Normalising, Probing
 from common.errors import Code, DataError
 from common.metrics import METRIC_SCALE, PATIENT_SENSITIVITY, words_from_counts
 from common.ports import Tensors
@@ -100,21 +101,10 @@ class TrainingSettings:
             clip_norm=study.privacy.clip_norm,
             noise_multiplier=noise_multiplier if private else None,
             evaluation_noise=evaluation_noise if private else None,
-            precision="float32" if study.model is None else study.model.precision,
+            # Rounding in bfloat16 couples the patients of a batch beyond any fixed slack.
+            precision="float32" if private or study.model is None else study.model.precision,
             statistics_noise=statistics_noise if private else None,
         )
-
-    def charges(self, *, evaluate: bool) -> tuple[Charge, ...]:
-        """What a round costs, for the ledger; nothing without DP."""
-        if self.mode == "none" or self.noise_multiplier is None:
-            return ()
-        steps = DpEvent(self.noise_multiplier, self.sampling_rate, self.local_steps)
-        charges = (Charge("train", "train", (steps,)),)
-        if not evaluate:
-            return charges
-        if self.evaluation_noise is None:
-            raise ValueError("mode local needs evaluation noise to measure")
-        return (*charges, Charge("evaluate", "held_out", (DpEvent(self.evaluation_noise, 1.0, 1),)))
 
 
 class LocalTrainer:
@@ -138,7 +128,7 @@ class LocalTrainer:
         self._layout = layout
         self._settings = settings
         self._noise = noise
-        self._device = pick_device(device)
+        self._device = choose_device(device)
         self._reduced = _reduced(settings.precision, self._device)
         self._admitted = False
         learner.module.to(self._device)
@@ -222,7 +212,7 @@ class LocalTrainer:
         assert settings.clip_norm is not None  # noqa: S101 - checked by the settings
         assert settings.noise_multiplier is not None  # noqa: S101
         if not self._admitted:
-            admit(self._learner)
+            admit(self._probe())
             self._admitted = True
         optimizer, anchor = self._optimizer(), self._anchor(start)
         engine = PerSampleEngine(
@@ -238,6 +228,17 @@ class LocalTrainer:
                 optimizer.step()
         finally:
             engine.close()
+
+    def _probe(self) -> Learner:
+        """What is tried at admission: this model over public records, where the task has some."""
+        if not isinstance(self._learner, Probing):
+            return self._learner
+        probe = self._learner.probe()
+        probe.module.to(self._device)
+        with torch.no_grad():
+            for name, parameter in probe.trainable().items():
+                parameter.copy_(self._parameters[name])
+        return probe
 
     def _private_step(self, engine: PerSampleEngine, noise_multiplier: float) -> None:
         """Set every gradient to (clipped sum + noise) / B; an empty sample is noise alone."""
@@ -283,7 +284,7 @@ class LocalTrainer:
     def _train_plainly(self, start: NDArray[np.float32]) -> None:
         optimizer, anchor = self._optimizer(), self._anchor(start)
         for batch in self._plain_batches():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.clear()
             pieces = list(self._micro_batches(batch))
             count = sum(len(rows) for rows, _, _ in pieces)
             for rows, _, _ in pieces:
@@ -332,18 +333,8 @@ class LocalTrainer:
             parameter.grad = None
         self._noise.renew()
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self._settings
-        if settings.optimizer == "sgd":
-            return torch.optim.SGD(
-                self._ordered(),
-                lr=settings.learning_rate,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-            )
-        return torch.optim.AdamW(
-            self._ordered(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+    def _optimizer(self) -> LocalOptimizer:
+        return LocalOptimizer(self._ordered(), self._settings)
 
     def _anchor(self, start: NDArray[np.float32]) -> list[torch.Tensor]:
         """The round's start, per parameter, where FedProx pulls towards it; else nothing."""
@@ -372,11 +363,80 @@ class LocalTrainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; anything else is taken at its word."""
-    if wanted != "auto":
-        return torch.device(wanted)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class LocalOptimizer:
+    """One round's SGD or AdamW, by the functional forms in `torch.optim`.
+
+    The optimiser objects import PyTorch's compiler at their first step: 0.15 GB that nothing
+    here uses. For a small model they also cost more than the step itself.
+
+    Guarantee: bit for bit the steps of `torch.optim.SGD` and `torch.optim.AdamW` with their
+        defaults; a parameter without a gradient stays as it is.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> None:
+        self._parameters = parameters
+        self._settings = settings
+        # PyTorch's own choice where it may depend on the device, and known beforehand on a CPU.
+        self._foreach = None if any(p.is_cuda for p in parameters) else False
+        self._velocities: dict[torch.Tensor, torch.Tensor | None] = {}
+        self._moments: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        moved = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        parameters: list[torch.Tensor] = [p for p, _ in moved]
+        gradients = [gradient for _, gradient in moved]
+        with torch.no_grad():
+            if self._settings.optimizer == "sgd":
+                self._sgd(parameters, gradients)
+            elif moved:
+                self._adamw(parameters, gradients)
+
+    def _sgd(self, parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        settings = self._settings
+        velocities = [self._velocities.get(p) for p in parameters]
+        sgd(
+            parameters,
+            gradients,
+            velocities,
+            foreach=self._foreach,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            lr=settings.learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        if settings.momentum:
+            self._velocities.update(zip(parameters, velocities, strict=True))
+
+    def _adamw(self, parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        settings = self._settings
+        for p in parameters:
+            if p not in self._moments:
+                self._moments[p] = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(0.0)
+        moments = [self._moments[p] for p in parameters]
+        adamw(
+            parameters,
+            gradients,
+            [mean for mean, _, _ in moments],
+            [square for _, square, _ in moments],
+            [],
+            [steps for _, _, steps in moments],
+            foreach=self._foreach,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def _reduced(precision: str, device: torch.device) -> bool:

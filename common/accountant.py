@@ -130,23 +130,6 @@ def solve_sigma(target: float, spent: Callable[[float], float]) -> float:
     return round(ticks * unit, _SIGMA_DECIMALS)
 
 
-def epsilon_curve(round_events: Sequence[DpEvent], rounds: int, delta: float) -> tuple[float, ...]:
-    """Epsilon after each of `rounds` rounds that all do `round_events`.
-
-    Shapes: `rounds` numbers, ascending.
-    """
-    return tuple(
-        epsilon(
-            [
-                DpEvent(event.noise_multiplier, event.sampling_rate, event.steps * done)
-                for event in round_events
-            ],
-            delta,
-        )
-        for done in range(1, rounds + 1)
-    )
-
-
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ValueError("delta must lie in (0, 1)")

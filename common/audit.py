@@ -269,15 +269,9 @@ class AuditLog:
             raise ValueError(complaint)
         if self._failed or self._descriptor < 0:
             raise _write_error(self.path)
-        body = {
-            "at": self._clock() if at is None else at,
-            "event": event,
-            "fields": dict(fields),
-            "index": self._next,
-            "prev": self._head,
-        }
-        digest = _record_hash(body)
-        line = _canonical({**body, "hash": digest}) + b"\n"
+        digest, line = _record(
+            self._clock() if at is None else at, event, fields, self._next, self._head
+        )
         self._write(line, durable=event in _DURABLE)
         self._size += len(line)
         self._head = digest
@@ -791,11 +785,21 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 _RECORD_KEYS: Final = {"at", "event", "fields", "hash", "index", "prev"}
 
 
+_ENCODER: Final = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+)
+
+
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
-    return text.encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
+
+
+def _record(at: int, event: str, fields: Fields, index: int, prev: str) -> tuple[str, bytes]:
+    """A record's hash, and its line: the hashed body with the hash in its place, encoded once."""
+    before = _canonical({"at": at, "event": event, "fields": dict(fields)})[:-1]
+    after = _canonical({"index": index, "prev": prev})[1:]
+    digest = hashlib.sha256(b"".join((_RECORD_LABEL, before, b",", after))).hexdigest()
+    return digest, b'%b,"hash":"%b",%b\n' % (before, digest.encode(), after)
 
 
 def _record_hash(body: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from common.statistics import StatisticsLayout
 from common.strategy import OptimizerSettings, ServerOptimizer, initial_exponents
 from common.study import Site, Study
 from common.tensors import Layout, load_tensors, save_tensors, state_digest
-from common.world import write_durably
+from common.world import make_folder, write_durably
 
 STUDY_FILE = "study.yaml"
 FACTS_FILE = "bundle.json"
@@ -139,12 +139,7 @@ class Bundle:
 
     def save(self, folder: Path) -> None:
         """Write the bundle. Raises StorageError."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                Code.JOURNAL_WRITE, f"{folder}: cannot be written ({error.strerror})."
-            ) from None
+        make_folder(folder)
         save_tensors(folder / WEIGHTS_FILE, self.initial)
         facts = {
             "format": _FORMAT,

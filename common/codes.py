@@ -280,6 +280,16 @@ class Code(Enum):
         "The model's trainable parameters are not those of the study.",
         "Rebuild the study bundle, or install the software version the study names.",
     )
+    BUDGET_STUDY = (
+        "WR-3020",
+        "A study would cost a patient more epsilon than it declares.",
+        "The study's noise or rounds do not fit its epsilon; build and sign it again.",
+    )
+    DATA_DECLINED = (
+        "WR-3021",
+        "A hospital sits a round out because of its own records or machine.",
+        "Read that hospital's own audit log: why is nobody else's business.",
+    )
     # ---- 31xx approval and ceilings
     APPROVAL_STOPPED = (
         "WR-3101",

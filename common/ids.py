@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import NewType
 
 SiteId = NewType("SiteId", str)
-Digest = NewType("Digest", bytes)
 
 DIGEST_BYTES = 32
 _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")

@@ -53,6 +53,7 @@ _SLOTS: Mapping[str, tuple[str, ...]] = {
 _CHUNK = 1 << 16
 _EXPONENT_BOUND = 120
 _SUM_BOUND = 1 << 32
+_INT64_MAX = (1 << 63) - 1
 _HALF_BITS = 16
 _HALF_MASK = (1 << _HALF_BITS) - 1
 
@@ -236,7 +237,8 @@ def initial_exponents(
         limit: the largest integer one site may contribute (`common.secagg.quantise`).
         largest: the largest absolute value of weight times update that must fit.
     """
-    exponent = _floor_log2(Fraction(limit) / Fraction(largest))
+    ratio = Fraction(limit) / Fraction(largest)
+    exponent = _floor_log2(ratio.numerator, ratio.denominator)
     return {shape.name: _clamped(exponent) for shape in shapes}
 
 
@@ -265,28 +267,34 @@ def next_exponents(
 
     Source: research on ranges: with 8 instead of 64, single updates saturate at any width.
     """
-    total = Fraction(math.fsum(weights))
+    # range² = scale² * 4**-exponent * squares / count, or the floor's where that is larger.
+    scale = Fraction(RANGE_MULTIPLE) * Fraction(largest_weight) / Fraction(math.fsum(weights))
     floor = Fraction(RANGE_FLOOR) * Fraction(largest_weight)
+    above, below = limit * limit * scale.denominator**2, scale.numerator**2
+    finest = _floor_log2(limit * limit * floor.denominator**2, floor.numerator**2)
     chosen: dict[str, int] = {}
     for shape, part in _tensor_parts(signed_sum.size, shapes):
         exponent = _checked(exponents[shape.name])
-        scale = Fraction(RANGE_MULTIPLE) * Fraction(largest_weight) / total
-        scale *= Fraction(2) ** -exponent
+        squares = _square_sum(signed_sum[part])
         count = max(1, part.stop - part.start)
-        square = scale * scale * Fraction(_square_sum(signed_sum[part]), count)
-        square = max(square, floor * floor)
+        fitting = _floor_log2(above * count, below * squares) + 2 * exponent if squares else finest
         # floor(log2(limit / range)) is half of floor(log2(limit² / range²)), rounded down.
-        chosen[shape.name] = _clamped(_floor_log2(Fraction(limit * limit) / square) // 2)
+        chosen[shape.name] = _clamped(min(fitting, finest) // 2)
     return chosen
 
 
 def _square_sum(words: NDArray[np.integer[Any]]) -> int:
-    """The exact sum of squares, by 16-bit halves so that no int64 product can overflow."""
+    """The exact sum of squares, whatever int64 holds of them."""
     total = 0
     for part in _parts(words.size):
-        piece = words[part].astype(np.int64)
-        if piece.max(initial=0) >= _SUM_BOUND or piece.min(initial=0) <= -_SUM_BOUND:
+        piece = words[part].astype(np.int64, copy=False)
+        largest = max(int(piece.max(initial=0)), -int(piece.min(initial=0)))
+        if largest >= _SUM_BOUND:
             raise ValueError("an aggregate of a ring up to 32 bits is below 2**32 in size")
+        if largest * largest * piece.size <= _INT64_MAX:
+            total += int(np.dot(piece, piece))
+            continue
+        # By 16-bit halves, so that no int64 product can overflow.
         high, low = piece >> _HALF_BITS, piece & _HALF_MASK
         total += int((high * high).sum()) << (2 * _HALF_BITS)
         total += int((high * low).sum()) << (_HALF_BITS + 1)
@@ -294,10 +302,15 @@ def _square_sum(words: NDArray[np.integer[Any]]) -> int:
     return total
 
 
-def _floor_log2(value: Fraction) -> int:
-    """The largest integer e with 2**e <= value, for a positive rational, exactly."""
-    estimate = value.numerator.bit_length() - value.denominator.bit_length()
-    return estimate if Fraction(2) ** estimate <= value else estimate - 1
+def _floor_log2(numerator: int, denominator: int) -> int:
+    """The largest integer e with 2**e <= numerator / denominator, both positive, exactly."""
+    estimate = numerator.bit_length() - denominator.bit_length()
+    left, right = (
+        (numerator, denominator << estimate)
+        if estimate >= 0
+        else (numerator << -estimate, denominator)
+    )
+    return estimate if left >= right else estimate - 1
 
 
 def _clamped(exponent: int) -> int:

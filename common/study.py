@@ -222,7 +222,8 @@ class ModelChoice(Frozen):
         default=True, description="with tuning: full, leave the word embeddings as they are"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the device computes in it, float32 elsewhere"
+        "auto",
+        description="auto: float32 under privacy, else bfloat16 where the device computes in it",
     )
 
 
@@ -296,7 +297,7 @@ class Privacy(Frozen):
     )
     delta: float | None = Field(None, gt=0, lt=1e-3, description="well below 1 / patients")
     clip_norm: float | None = Field(
-        None, gt=0, le=1e6, description="C: largest L2 norm of a patient's gradient"
+        None, ge=1e-3, le=1e6, description="C: largest L2 norm of a patient's gradient"
     )
     noise_multiplier: float | None = Field(
         None, gt=0, le=1e4, description="sigma; absent: solved for epsilon"
@@ -484,6 +485,13 @@ class Study(Frozen):
             self.evaluation.every <= self.training.rounds,
             "evaluation.every",
             f"is more than training.rounds ({self.training.rounds}): nothing would be measured",
+        )
+        half = self.model is not None and self.model.precision == "bfloat16"
+        rules.require(
+            not half or self.privacy.mode == "none",
+            "model.precision",
+            "must not be bfloat16 with a privacy mode: its rounding lets one patient change what "
+            "others contribute",
         )
         self._task_rules(rules)
         self._site_rules(rules)

@@ -1,7 +1,8 @@
-"""The world behind the ports: system clock and entropy, files, and their stand-ins for tests.
+"""The world behind the ports: clocks, the system's entropy, files, and their stand-ins for tests.
 
-`SeededEntropy` and `ManualClock` exist for tests and fault schedules; no command builds them,
-except that a simulation skips waiting through `SkippingClock`.
+`SeededEntropy`, `ManualClock` and `MemoryJournal` exist for tests and fault schedules. A run takes
+one of them only where nothing is protected: a simulation orders the batches of a hospital that
+trains alone, for comparison, by its seed. It also skips waiting, through `SkippingClock`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,6 @@ from pathlib import Path
 from common.crypto.seal import Vault
 from common.errors import Code, StorageError
 from common.ports import Journal
-
-
-class SystemClock:
-    """Monotonic seconds of this process."""
-
-    def now(self) -> float:
-        """Seconds since an arbitrary start."""
-        return time.monotonic()
 
 
 class SkippingClock:
@@ -82,6 +75,14 @@ class SeededEntropy:
             self._counter += 1
         taken, self._rest = self._rest[:count], self._rest[count:]
         return taken
+
+
+def make_folder(folder: Path, *, mode: int = 0o777) -> None:
+    """Make the folder, and those above it, where they are absent. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
 
 
 def write_durably(path: Path, parts: Sequence[bytes | memoryview], *, durable: bool = True) -> None:
@@ -143,8 +144,8 @@ class FileJournal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "record"
+        make_folder(folder, mode=0o700)
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
             self._record = os.open(self._path, os.O_RDWR) if self._path.exists() else -1
         except OSError as error:

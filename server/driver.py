@@ -8,16 +8,13 @@ from typing import Protocol
 from common.errors import Code, ProtocolError
 from common.evidence import Evidence
 from common.ports import Clock, Journal, Transport
+from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.transcript import Chain
 from server.round import (
     Aborted,
     Completed,
     CoordinatorRound,
-    DropBlob,
     Effect,
-    Note,
-    Persist,
-    PutBlob,
     RunOver,
     SendTo,
 )

@@ -17,7 +17,7 @@ from typing import Any
 from common.config import load
 from common.errors import Code, ConfigError, StorageError
 from common.study import Study
-from common.world import write_durably
+from common.world import make_folder, write_durably
 
 __all__ = ["Paths", "keep_study", "kept_json", "origin", "require_room", "study_of"]
 
@@ -105,12 +105,12 @@ def require_room(paths: Paths, study: Study, config: Path) -> None:
 
 def keep_study(config: Path, paths: Paths, *, compare: bool) -> None:
     """What a resume needs; the study comes last, so that a folder with it has all of it."""
+    make_folder(paths.state)
     try:
-        paths.state.mkdir(parents=True, exist_ok=True)
         text = config.read_bytes()
     except OSError as error:
         raise StorageError(
-            Code.JOURNAL_WRITE, f"{paths.state}: cannot be written ({error.strerror})."
+            Code.JOURNAL_WRITE, f"{config}: cannot be kept with the run ({error.strerror})."
         ) from None
     origin = {"config": str(config.resolve()), "compare": compare}
     write_durably(paths.state / _ORIGIN_FILE, [json.dumps(origin).encode()])

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import Code, ProtocolError, StorageError
-from common.protocol.wire import Upload, unpack_from_site
+from common.protocol.wire import Upload, claims, unpack_from_site
 from common.world import SkippingClock
 from server.driver import CoordinatorDriver
 
@@ -25,6 +26,8 @@ _UNIFORM_LIMIT = 255 + 12 * 22.6
 _ENOUGH_BYTES = 256
 _COUNTS = 3
 _WORD = 8
+# Where the counts of a byte begin, by its position in the word; a plane is counted in such pieces.
+_PLACES = np.tile(np.arange(_WORD, dtype=np.uint16) * 256, 1 << 13)
 
 
 class WireTap:
@@ -50,11 +53,11 @@ class WireTap:
     def see(self, payload: bytes) -> None:
         """Look at one message of a site, as the coordinator receives it."""
         self.bytes_up += len(payload)
-        try:
-            kind, message = unpack_from_site(payload, self.max_bytes)
-        except ProtocolError:
+        if not claims(payload, Upload):
             return
-        if kind is not Upload:
+        try:
+            _, message = unpack_from_site(payload, self.max_bytes)
+        except ProtocolError:
             return
         if all(_uniform(plane) for plane in message.planes):
             self.masked += 1
@@ -99,15 +102,23 @@ def _uniform(plane: memoryview) -> bool:
     """
     data = np.frombuffer(plane, np.uint8)
     rows = data.size // _WORD
-    if rows >= _WORD:
-        table = data[: rows * _WORD].reshape(rows, _WORD)
-        if any(np.unique(column).size <= min(rows, 256) // 4 for column in table.T):
-            return False
+    counts = _byte_counts(data)
+    if rows >= _WORD and (np.count_nonzero(counts, axis=1) <= min(rows, 256) // 4).any():
+        return False
+    total = counts.sum(axis=0)
     if data.size < _ENOUGH_BYTES:
-        return bool(np.unique(data).size > data.size // 4)
-    counts = np.bincount(data, minlength=256)
+        return bool(np.count_nonzero(total) > data.size // 4)
     expected = data.size / 256
-    return float(((counts - expected) ** 2 / expected).sum()) < _UNIFORM_LIMIT
+    return float(((total - expected) ** 2 / expected).sum()) < _UNIFORM_LIMIT
+
+
+def _byte_counts(data: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each byte value comes at each of the eight positions of a word, (8, 256)."""
+    counts = np.zeros(_WORD * 256, np.int64)
+    for start in range(0, data.size, _PLACES.size):
+        piece = data[start : start + _PLACES.size]
+        counts += np.bincount(_PLACES[: piece.size] + piece, minlength=counts.size)
+    return counts.reshape(_WORD, 256)
 
 
 @dataclass

@@ -8,6 +8,7 @@ that was last persisted and asks again, and sites answer duplicates with the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -32,6 +33,7 @@ from common.protocol.codec import (
     sequence,
     text,
 )
+from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.terms import METRIC_LANE, Terms
 from common.protocol.transcript import (
     Chain,
@@ -84,6 +86,8 @@ from server.handshake import Opening
 from server.unmask import OpenRound, check_unmask, open_sum
 
 RESENDS_PER_PHASE = 4
+# Seconds that a site which missed a phase is waited for at the least, once the others are there.
+_LEAST_GRACE = 1.0
 _READY_BLOB, _SUM_BLOB = "ready", "sums"
 # Budget, approval, or the run's end at a site: it will say the same of the next round.
 _WITHDRAWS = ("WR-30", "WR-31", Code.RUN_ENDED.label)
@@ -104,41 +108,11 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
-class Persist:
-    """Make this record durable before anything that follows."""
-
-    record: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PutBlob:
-    """Durably keep large bytes beside the record."""
-
-    name: str
-    parts: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DropBlob:
-    """Forget large bytes."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
 class SendTo:
     """Hand bytes for one site to the transport."""
 
     site: str
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """An audit event, in the words of common.audit."""
-
-    event: str
-    fields: Mapping[str, str | int | tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +246,8 @@ class CoordinatorRound:
         self._bytes_up = 0
         self._deadline = 0.0
         self._resend_at = 0.0
+        self._began = 0.0
+        self._grace_until = math.inf
         self._fruitless = 0
         self._restore(blob)
 
@@ -339,7 +315,7 @@ class CoordinatorRound:
     @property
     def next_wakeup(self) -> float:
         """When `tick` has something to do."""
-        return min(self._deadline, self._resend_at)
+        return min(self._deadline, self._resend_at, self._grace_until)
 
     @property
     def _lanes(self) -> tuple[Lane, ...]:
@@ -415,7 +391,7 @@ class CoordinatorRound:
         """
         if self.record.phase in {"done", "new", "idle"}:
             return []
-        if now >= self._deadline:
+        if now >= min(self._deadline, self._grace_until):
             return self._phase_over(now)
         if now >= self._resend_at:
             self._resend_at = now + self._phase_seconds() / RESENDS_PER_PHASE
@@ -437,8 +413,23 @@ class CoordinatorRound:
 
     def _set_timers(self, now: float) -> None:
         seconds = self._phase_seconds()
+        self._began, self._grace_until = now, math.inf
         self._deadline = now + seconds
         self._resend_at = now + seconds / RESENDS_PER_PHASE
+
+    def _still_waiting(self, now: float) -> bool:
+        """Whether the phase stays open: for everybody present, and a little for the absent.
+
+        A site that missed a phase may be back: it gets as long again as the others took, so that
+        one dropout does not cost it two rounds, and a dead site does not cost every round a
+        whole deadline.
+        """
+        missing = self._missing()
+        if missing - self._absent:
+            return True
+        if missing and self._grace_until == math.inf:
+            self._grace_until = now + max(_LEAST_GRACE, now - self._began)
+        return bool(missing) and now < self._grace_until
 
     def _persist(self, **changes: Any) -> Persist:  # private: named fields of the record
         self.record = replace(self.record, **changes)
@@ -625,7 +616,7 @@ class CoordinatorRound:
         self._check_ready(site, head, message)
         self._ready[site], self._heads[site] = message, head
         self._absent.discard(site)
-        if self._missing() - self._absent:
+        if self._still_waiting(now):
             return []
         return self._close_ready(now)
 
@@ -731,7 +722,7 @@ class CoordinatorRound:
             add_packed(accumulator, planes, lane.bits)
         self._bytes_up += sum(plane.nbytes for plane in message.planes)
         self.record = replace(self.record, receipts={**self.record.receipts, site: message.receipt})
-        if self._missing() - self._absent:
+        if self._still_waiting(now):
             return []
         return self._close_uploads(now)
 
@@ -828,8 +819,8 @@ class CoordinatorRound:
             tuple(_published(lane, total) for lane, total in zip(self._lanes, sums, strict=True)),
         )
         self._base, self._link = self.chain, link
-        self.chain = advance(self._terms, self._base, link, state_digest)
         survivors = certified_survivors(link)
+        self.chain = advance(self._terms, self._base, link, state_digest, survivors)
         seen = self.record
         completed = Completed(
             seen.round,
@@ -1084,7 +1075,7 @@ class CoordinatorRound:
         if site not in self._missing():
             return []
         self._declined.add(site)
-        if self._missing() - self._absent:
+        if self._still_waiting(now):
             return []
         return self._phase_over(now)
 

@@ -674,7 +674,7 @@ class _Run:
         self._journal.close()
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- settings and faults
 
 
 def _deadlines(study: Study) -> Deadlines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -53,29 +53,25 @@ class RoundSummary:
     seconds: float
 
 
-class RunView(Protocol):
-    """Where a run shows itself; `live` views want to be told every phase."""
+class RunView:
+    """Where a run shows itself; a view overrides what it has something to say about.
 
-    @property
-    def live(self) -> bool:
-        """Whether `round_started` and `phase` show anything."""
-        ...
+    `live` views want to be told every phase: `round_started` and `phase` show something.
+    """
+
+    live = False
 
     def note(self, text: str) -> None:
         """What goes on outside of rounds, in a few words."""
-        ...
 
     def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
         """A round begins."""
-        ...
 
     def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
         """`done` of `total` sites have finished the phase `name` of the current round."""
-        ...
 
     def round_completed(self, summary: RoundSummary) -> None:
         """A round ended with an aggregate."""
-        ...
 
     def measured(
         self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
@@ -84,66 +80,30 @@ class RunView(Protocol):
 
         It is told with the round that comes next, because that is where the model is measured.
         """
-        ...
 
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
     ) -> None:
         """A round ended without an aggregate; `reason` is one line, for people."""
-        ...
 
     def finish(self, verdict: str) -> None:
         """The run is over; `verdict` is its last line."""
-        ...
 
     def close(self) -> None:
         """Give the terminal back, after an error too."""
-        ...
 
 
-class Silent:
+class Silent(RunView):
     """Shows nothing: for tests, `--json` and embedding."""
 
-    live = False
 
-    def note(self, text: str) -> None:
-        """Something goes on."""
-
-    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
-        """A round begins."""
-
-    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
-        """A phase advances."""
-
-    def round_completed(self, summary: RoundSummary) -> None:
-        """A round ended with an aggregate."""
-
-    def measured(
-        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
-    ) -> None:
-        """A model was measured."""
-
-    def round_aborted(
-        self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
-    ) -> None:
-        """A round ended without an aggregate."""
-
-    def finish(self, verdict: str) -> None:
-        """The run is over."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-class PlainLines:
+class PlainLines(RunView):
     """One line for each round, for logs and pipes.
 
     Args:
         stream: where the lines go.
         rounds: how many rounds the run is to have, for the time left.
     """
-
-    live = False
 
     def __init__(self, stream: TextIO, *, rounds: int) -> None:
         self._stream = stream
@@ -153,12 +113,6 @@ class PlainLines:
     def note(self, text: str) -> None:
         """A line."""
         self._line(f"  {text} ...")
-
-    def round_started(self, number: int, kind: str, cohort: Sequence[str], quorum: int) -> None:
-        """Nothing: a round's line comes at its end."""
-
-    def phase(self, name: str, done: int, total: int, waiting_for: Sequence[str] = ()) -> None:
-        """Nothing: a round's line comes at its end."""
 
     def round_completed(self, summary: RoundSummary) -> None:
         """The round's line."""
@@ -196,9 +150,6 @@ class PlainLines:
         if verdict:
             self._line(verdict)
 
-    def close(self) -> None:
-        """Nothing to give back."""
-
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
@@ -216,7 +167,7 @@ class _Phase:
     waiting_for: tuple[str, ...] = ()
 
 
-class LiveTable:
+class LiveTable(RunView):
     """The live table (rich). It redraws when something happened; no thread, no clock.
 
     Args:

@@ -6,7 +6,7 @@ import copy
 import csv
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +43,49 @@ STUDY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random BERT of two layers and sixteen numbers a token."""
-    import torch
-    import transformers as hf
+def _save_tokenizer(folder: Path, words: Iterable[str]) -> int:
+    """Save a WordPiece tokenizer of `words`; returns how many tokens it has."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *FILLERS]
-    words += [word for group in SIGNS.values() for word in group]
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *words]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    hf.PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="[UNK]",
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
     ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer() -> Callable[[Path, Iterable[str]], int]:
+    """Saves a tokenizer; see `_save_tokenizer`."""
+    return _save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random BERT of two layers and sixteen numbers a token."""
+    import torch
+    import transformers as hf
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    size = _save_tokenizer(
+        folder, [*FILLERS, *(word for group in SIGNS.values() for word in group)]
+    )
     torch.manual_seed(7)
     config = hf.BertConfig(
-        vocab_size=len(words),
+        vocab_size=size,
         pad_token_id=1,
         hidden_size=16,
         num_hidden_layers=2,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +19,7 @@ from common.errors import Code, DataError
 from common.ids import is_site_id
 from common.study import Split
 
-__all__ = ["MIN_PATIENTS", "Partition", "held_out", "manifest", "partition", "site_slug"]
+__all__ = ["MIN_PATIENTS", "Partition", "manifest", "partition", "site_slug"]
 
 MIN_PATIENTS: Final = 10
 """The floor: fewer patients at a site are neither trained nor measured well, nor hidden well."""
@@ -89,18 +87,6 @@ def partition(
     named = {site: tuple(patients[p] for p in sorted(members)) for site, members in chosen.items()}
     held = {site: tuple(at for p in ids for at in groups[p]) for site, ids in named.items()}
     return Partition(held, named, _warnings(records, held, labels))
-
-
-def held_out(patient: str, key: bytes, fraction: float) -> bool:
-    """Whether a patient belongs to the held-out part.
-
-    The answer depends on the patient's id and the key alone: it is the same in every run and
-    study with that key, so nobody held out once is ever trained on later.
-
-    Guarantee: HMAC-SHA256 of the id, as a 256-bit fraction, below `fraction` exactly.
-    """
-    mark = int.from_bytes(hmac.digest(key, patient.encode(), "sha256"))
-    return mark < Fraction(fraction) * (1 << 256)
 
 
 def manifest(

@@ -370,7 +370,8 @@ def _linear_weight(
         return {weight: scaled.reshape(-1, outputs).T @ flat}
 
     if length == 1:
-        return _squared(gradient) * _squared(activation), finish
+        # In float64: a tiny gradient times a huge activation must not underflow to no norm.
+        return _squared(gradient.double()) * _squared(activation.double()), finish
     if 2 * length * length > outputs * inputs:  # the gradient itself is smaller than two Grams
         per_weight = torch.bmm(gradient.mT, activation)
         square = _squared(per_weight)

@@ -176,6 +176,16 @@ class _History:
         if not counts:
             del self.spent[key]
 
+    def of_study(self, study: str) -> _History:
+        """What this study alone was charged: a history whose answers are the study's own."""
+        own = _History()
+        own.genesis, own.cap = self.genesis, self.cap
+        for body in self._charges.values():
+            if body["study"] == study:
+                own._add(body, 1)
+        own._recorded = None
+        return own
+
     def spending(self, extra: Sequence[tuple[str, Charge]] = ()) -> Spending:
         """What is spent, were `extra` (split, charge) added to it."""
         if not extra and self._recorded is not None:
@@ -381,12 +391,24 @@ class Ledger:
     # ------------------------------------------------------------------ changes
 
     def reserve_round(
-        self, round_id: RoundId, charges: Sequence[Charge], split_id: str
+        self,
+        round_id: RoundId,
+        charges: Sequence[Charge],
+        split_id: str,
+        *,
+        study_limit: float = math.inf,
     ) -> Reservation:
         """Charge a whole round, training and evaluation, before its first gradient.
 
         Every call charges, also for a round that was reserved before: a retry is a new
         attempt. One transaction, one fsync.
+
+        Args:
+            round_id: which round.
+            charges: what it does to which patients.
+            split_id: the division into training and held-out patients.
+            study_limit: the epsilon this study declared. It is what the hospital approved, so
+                it binds here, whatever multipliers a bundle holds or rounds a coordinator asks.
 
         Raises:
             RefusedError: the charge would pass the cap; nothing is written.
@@ -405,6 +427,7 @@ class Ledger:
                     f"(spent {before.epsilon:.3f}, delta {after.delta:g}).",
                 )
             study = round_id.study.hex()
+            self._require_study(study, [(split_id, c) for c in charges], study_limit)
             attempt = self._history.attempts[(study, round_id.run, round_id.number)] + 1
             bodies = [
                 {
@@ -429,6 +452,19 @@ class Ledger:
         reservation = Reservation(first, first + len(bodies) - 1, attempt, after.epsilon)
         self._voidable.add(reservation.sequence)
         return reservation
+
+    def _require_study(
+        self, study: str, charges: Sequence[tuple[str, Charge]], limit: float
+    ) -> None:
+        if limit == math.inf:
+            return
+        own = self._history.of_study(study).spending(charges).epsilon
+        if own > limit + _SLACK:
+            raise RefusedError(
+                Code.BUDGET_STUDY,
+                f"the study would cost a patient epsilon {own:.3f}, more than the {limit:.3f} "
+                "it declares.",
+            )
 
     def begin(self, reservation: Reservation) -> None:
         """Training under `reservation` starts now: from here it can no longer be voided."""

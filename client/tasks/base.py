@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Learner", "Normalising", "metric_vector", "owners_of", "spread_evenly"]
+__all__ = ["Learner", "Normalising", "Probing", "metric_vector", "owners_of", "spread_evenly"]
 
 Index = NDArray[np.int64]
 
@@ -82,6 +82,19 @@ class Normalising(Protocol):
         """Normalise by these from now on, and by nothing of this site's own.
 
         Shapes: (F,) float32 each.
+        """
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A learner that can be tried on public records instead of its site's own."""
+
+    def probe(self) -> Learner:
+        """The same network over a few fixed, public records.
+
+        Guarantee: nothing about it depends on this site's patients, so that whether a model is
+        admitted tells nothing about them.
         """
         ...
 

@@ -18,16 +18,28 @@ from torch import nn
 from torch.nn import functional
 
 from client.data.records import Record, by_patient
+from client.devices import computes_in_bfloat16
 from client.tasks.backbone import Backbone
-from client.tasks.base import Index, owners_of, spread_evenly
+from client.tasks.base import Index, metric_vector, owners_of, spread_evenly
 from client.tasks.network import Network, network_for
 from client.tasks.text import Encoder, Reading, batch_inputs
 from common.errors import Code, DataError
+from common.metrics import metric_length
 from common.study import Study
 
-__all__ = ["DiagnosisLearner", "choose_device", "computes_in_bfloat16"]
+__all__ = ["DiagnosisLearner"]
 
 _FORWARD_ROWS: Final = 32
+# Invented notes of several lengths, two of one patient: what a model is tried on at admission.
+_PROBE: Final = (
+    ("first", "Cough and fever for three days."),
+    (
+        "second",
+        "Known heart failure. " + "Breathless at night, ankles swollen, no chest pain. " * 4,
+    ),
+    ("second", "Feels better today."),
+    ("third", "Fall at home; " + "no fracture seen, wound cleaned and dressed. " * 40),
+)
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,14 @@ class DiagnosisLearner:
         *,
         device: torch.device,
     ) -> None:
+        self._study, self._backbone = study, backbone
         self._device = device
         self._labels = tuple(study.task.labels)
         self._loss_cap = study.evaluation.loss_cap
         self._network = network_for(study, backbone, device)
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
-        self._half_features = _half_features(study.network.precision, device)
+        self._private = study.privacy.mode != "none"
+        self._half_features = not self._private and _half_features(study.network.precision, device)
         encoder = Encoder(backbone.tokenizer, Reading.of(study.diagnosis))
         self._train = self._prepare(train, encoder)
         self._held_out = self._prepare(held_out, encoder)
@@ -92,6 +106,15 @@ class DiagnosisLearner:
     def network(self) -> Network:
         """The shared network behind this learner."""
         return self._network
+
+    def probe(self) -> DiagnosisLearner:
+        """The same network over fixed public notes (see `Probing`)."""
+        labels = self._labels
+        records = [
+            Record(patient, text, labels[at % len(labels)], None, "probe", at + 1)
+            for at, (patient, text) in enumerate(_PROBE)
+        ]
+        return DiagnosisLearner(self._study, records, (), self._backbone, device=self._device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, sorted by name."""
@@ -140,20 +163,12 @@ class DiagnosisLearner:
 
         Shapes: (L*L + 1,) float64.
         """
-        notes, count = self._held_out, len(self._labels)
-        vector = np.zeros(count * count + 1)
+        notes = self._held_out
         if notes.patient_count == 0:
-            return vector
+            return np.zeros(metric_length(len(self._labels)))
         with torch.no_grad():
             logits = self._logits(notes)
-            losses = functional.cross_entropy(logits, notes.labels, reduction="none")
-        weight = spread_evenly(notes.patients)
-        true = notes.labels.cpu().numpy()
-        found = logits.argmax(dim=1).cpu().numpy()
-        np.add.at(vector, true * count + found, weight)
-        capped = np.nan_to_num(losses.double().cpu().numpy(), nan=self._loss_cap, posinf=np.inf)
-        vector[-1] = float(weight @ np.minimum(capped, self._loss_cap)) / self._loss_cap
-        return vector
+        return metric_vector(logits, notes.labels, spread_evenly(notes.patients), self._loss_cap)
 
     def _prepare(self, records: Sequence[Record], encoder: Encoder) -> _Notes:
         groups = by_patient(records)
@@ -188,13 +203,21 @@ class DiagnosisLearner:
             return self._in_batches(extractor, rows)
 
     def _logits(self, notes: _Notes) -> torch.Tensor:
-        if notes.features is not None:
-            logits: torch.Tensor = self.module(notes.features).float()
-            return logits
-        return self._pool(self._in_batches(self.module, notes.rows), notes.starts)
+        if notes.features is None:
+            return self._pool(self._in_batches(self.module, notes.rows), notes.starts)
+        size = 1 if self._private else len(notes.features)
+        pieces = torch.split(notes.features, size)
+        return torch.cat([self.module(piece).float() for piece in pieces])
 
     def _in_batches(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Outputs in the order of `rows`; rows of like length share a batch."""
+        """Outputs in the order of `rows`; rows of like length share a batch.
+
+        Guarantee: under privacy every row goes alone and unpadded. In a shared batch, width and
+        kernels depend on the neighbours, and so would the last bits of a patient's features, or
+        which side of a boundary a note falls on: one patient would change what others give.
+        """
+        if self._private:
+            return self._one_by_one(module, rows)
         order = np.argsort([len(row) for row in rows], kind="stable")
         parts = [
             self._forward(module, [rows[at] for at in order[first : first + _FORWARD_ROWS]])
@@ -204,6 +227,11 @@ class DiagnosisLearner:
             return torch.zeros(0, 1, device=self._device)
         back = torch.from_numpy(np.argsort(order, kind="stable")).to(self._device)
         return torch.cat(parts)[back]
+
+    def _one_by_one(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        if not rows:
+            return torch.zeros(0, 1, device=self._device)
+        return torch.cat([self._forward(module, [row]) for row in rows])
 
     def _forward(self, module: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         ids, mask = batch_inputs(rows, self._pad)
@@ -221,22 +249,8 @@ class DiagnosisLearner:
         return _sum_by(values, place, records) / counts[:, None]
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda[:N]`: auto takes a GPU where there is one."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-
-
 def _half_features(precision: str, device: torch.device) -> bool:
-    """Whether frozen features are computed in bfloat16: no gradient and no promise needs more."""
+    """Whether frozen features are computed in bfloat16, in a study without privacy."""
     return precision == "bfloat16" or (precision == "auto" and computes_in_bfloat16(device))
 
 

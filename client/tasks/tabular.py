@@ -21,6 +21,7 @@ from torch import nn
 from client.data.records import Record, by_patient
 from client.tasks.base import Index, metric_vector, owners_of, spread_evenly
 from common.errors import Code, DataError
+from common.metrics import metric_length
 from common.statistics import StatisticsLayout, normalised, patient_words, scaled
 from common.study import Feature, Study, TabularTask
 
@@ -86,6 +87,10 @@ def initial_tensors(task: TabularTask) -> dict[str, NDArray[np.float32]]:
     return tensors
 
 
+# Where between its bounds every feature lies: what a model is tried on at admission.
+_PROBE = (("first", 0.1), ("second", 0.5), ("second", 0.8), ("third", 0.95))
+
+
 class _Rows:
     """Rows sorted by patient; `patients[p] : patients[p + 1]` are one patient's."""
 
@@ -136,6 +141,7 @@ class TabularLearner:
         device: torch.device,
     ) -> None:
         task = study.tabular
+        self._study = study
         self._loss_cap = study.evaluation.loss_cap
         self._layout = StatisticsLayout(len(task.features))
         self._train = _Rows(task, train, device)
@@ -148,6 +154,24 @@ class TabularLearner:
                 self.module.get_parameter(name).copy_(torch.from_numpy(value))
         start = self._layout.initial()
         self.set_statistics(*start.values())
+
+    def probe(self) -> TabularLearner:
+        """The same network over fixed rows within the study's public bounds (see `Probing`)."""
+        task = self._study.tabular
+        low, high = bounds(task.features)
+        records = [
+            Record(
+                patient,
+                "",
+                task.labels[at % len(task.labels)],
+                None,
+                "probe",
+                at + 1,
+                tuple(float(value) for value in low + part * (high - low)),
+            )
+            for at, (patient, part) in enumerate(_PROBE)
+        ]
+        return TabularLearner(self._study, records, (), device=self._device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, sorted by name."""
@@ -175,7 +199,7 @@ class TabularLearner:
         """The metric vector over held-out patients (see `Learner`). Shapes: (L*L + 1,)."""
         rows = self._held_out
         if rows.patient_count == 0:
-            return np.zeros(self._labels**2 + 1)
+            return np.zeros(metric_length(self._labels))
         with torch.no_grad():
             logits = self.module(rows.inputs).float()
         return metric_vector(logits, rows.labels, spread_evenly(rows.patients), self._loss_cap)

@@ -40,7 +40,8 @@ MAX_ITEMS: Final = 1 << 18
 _BYTES, _TEXT, _INT, _LIST, _DICT = b"bsild"
 _HEAD_BYTES = 9
 _INT_BYTES = 16
-_head = struct.Struct(">BQ").pack
+_HEAD = struct.Struct(">BQ")
+_head, _head_at = _HEAD.pack, _HEAD.unpack_from
 _KNOWN = 256
 _BYTES_HEADS = tuple(_head(_BYTES, length) for length in range(_KNOWN))
 
@@ -198,10 +199,9 @@ class _Reader:
         self.items -= 1
         if self.items < 0:
             raise ProtocolError(Code.OVERSIZED, "The message holds more items than its bound.")
-        kind = data[at]
+        kind, length = _head_at(data, at)
         if kind == _INT:
             return self._integer(at + 1)
-        length = int.from_bytes(data[at + 1 : start], "big")
         if kind in (_LIST, _DICT):
             # Nothing is allocated for the count itself: every item is bounded as it is read.
             if depth <= 0:
@@ -212,7 +212,7 @@ class _Reader:
         if stop > self.size:
             raise _malformed("it is cut short")
         if kind == _BYTES:
-            if self.view is not None and length >= VIEW_BYTES:
+            if length >= VIEW_BYTES and self.view is not None:
                 return self.view[start:stop], stop
             return bytes(data[start:stop]), stop
         if kind == _TEXT:
@@ -227,23 +227,25 @@ class _Reader:
 
     def _list(self, count: int, at: int, depth: int) -> tuple[tuple[object, ...], int]:
         items = []
+        value = self.value
         for _ in range(count):
-            item, at = self.value(at, depth)
+            item, at = value(at, depth)
             items.append(item)
         return tuple(items), at
 
     def _dict(self, count: int, at: int, depth: int) -> tuple[dict[object, object], int]:
         entries: dict[object, object] = {}
         previous = b""
+        value = self.value
         for _ in range(count):
-            key, end = self.value(at, 0)  # depth 0: a key is a scalar
+            key, end = value(at, 0)  # depth 0: a key is a scalar
             encoded = bytes(self.data[at:end])
             if encoded <= previous:
                 raise _malformed("dictionary keys are not in ascending order")
             previous = encoded
             if isinstance(key, memoryview):
                 key = bytes(key)
-            entries[key], at = self.value(end, depth)
+            entries[key], at = value(end, depth)
         return entries, at
 
 
@@ -258,19 +260,28 @@ def _text(data: bytes | memoryview) -> str:
 # ------------------------------------------------------------------------ digests and keys
 def digest(label: str, *parts: Value) -> bytes:
     """SHA-256 of the encoding of (label, *parts): 32 bytes."""
-    return hashlib.sha256(_labelled(label, parts)).digest()
+    return hashlib.sha256(labelled(label, *parts)).digest()
 
 
-def _labelled(label: str, parts: tuple[Value, ...]) -> bytes:
-    """`encode((label, *parts))`; a round makes about two thousand of these."""
-    pieces: list[bytes | memoryview] = [_opening(label, len(parts))]
+def labelled(label: str, *parts: Value) -> bytes:
+    """`encode((label, *parts))`: what is digested, signed, or names the purpose of a key."""
+    pieces: list[bytes | memoryview] = [opening(label, len(parts))]
+    part: Any
     for part in parts:
-        _put(part, pieces)
+        # Nearly every part is a digest or a site id: those two are written here.
+        kind = type(part)
+        if kind is bytes and len(part) < _KNOWN:
+            pieces += (_BYTES_HEADS[len(part)], part)
+        elif kind is str:
+            pieces.append(_encode_text(part))
+        else:
+            _put(part, pieces)
     return b"".join(pieces)
 
 
 @lru_cache(maxsize=1024)
-def _opening(label: str, count: int) -> bytes:
+def opening(label: str, count: int) -> bytes:
+    """How the encoding of a label and `count` values after it begins."""
     return _head(_LIST, count + 1) + _encode_text(label)
 
 
@@ -297,7 +308,7 @@ def hkdf_expand(key: bytes, info: bytes, length: int = DIGEST_BYTES) -> bytes:
 
 def expand(key: bytes, label: str, *parts: Value, length: int = DIGEST_BYTES) -> bytes:
     """A key of `length` bytes for one purpose: HKDF-Expand of `key` under (label, *parts)."""
-    return hkdf_expand(key, _labelled(label, parts), length)
+    return hkdf_expand(key, labelled(label, *parts), length)
 
 
 class TreePart:

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from common.crypto import labels
-from common.crypto.digest import Value, digest, encode
+from common.crypto.digest import Value, digest, labelled
 from common.errors import Code, ProtocolError
 from common.ports import Entropy
 
@@ -58,7 +58,7 @@ class SiteKey:
 
     def sign(self, label: str, *parts: Value) -> bytes:
         """A 64-byte signature over the encoding of (label, *parts). Source: RFC 8032."""
-        return self._private.sign(encode((label, *parts)))
+        return self._private.sign(labelled(label, *parts))
 
     def sign_bytes(self, message: bytes) -> bytes:
         """A signature over a message that begins with a label of its own (the audit log's)."""
@@ -89,7 +89,7 @@ class Verifier:
         Raises:
             ProtocolError: BAD_KEY, if `public` is malformed or of small order.
         """
-        return self.verify_message(public, signature, encode((label, *parts)))
+        return self.verify_message(public, signature, labelled(label, *parts))
 
     def verify_message(self, public: bytes, signature: bytes, message: bytes) -> bool:
         """Whether `signature` is `public`'s over exactly these bytes."""

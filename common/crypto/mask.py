@@ -39,15 +39,21 @@ class Streams:
             (_open(key, start), np.add if sign > 0 else np.subtract)
             for key, sign in zip(keys, signs, strict=True)
         ]
-        self._output = bytearray(BLOCK_BYTES + _SLACK)
-        self._scratch = np.frombuffer(self._output, np.uint8)
+        self._make_room(0)
 
     def add(self, target: Words) -> None:
         """Add the next len(target) words of every stream to `target`, in place."""
         check_words(target)
         step = BLOCK_BYTES // target.itemsize
+        block = min(BLOCK_BYTES, target.nbytes)
+        if self._scratch.size < block + _SLACK:
+            self._make_room(block)
         for start in range(0, target.size, step):
             self._add_block(target[start : start + step])
+
+    def _make_room(self, block: int) -> None:
+        self._output = bytearray(block + _SLACK)
+        self._scratch = np.frombuffer(self._output, np.uint8)
 
     def _add_block(self, block: NDArray[Any]) -> None:
         zeros = _ZEROS[: block.nbytes]

@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 MAX_PARTIES = 512
 MAX_ROUND = 2**31
+_BYTES = (bytes, memoryview)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def octets(minimum: int, maximum: int) -> Field:
     """Byte strings of `minimum` to `maximum` bytes."""
 
     def load(value: Any) -> bytes:
-        if not isinstance(value, bytes | memoryview) or not minimum <= len(value) <= maximum:
+        if not isinstance(value, _BYTES) or not minimum <= len(value) <= maximum:
             raise ValueError("byte string out of bounds")
         return value if isinstance(value, bytes) else bytes(value)
 
@@ -46,7 +47,7 @@ def buffer(maximum: int) -> Field:
     """Large byte strings that stay views of the received message."""
 
     def load(value: Any) -> memoryview:
-        if not isinstance(value, bytes | memoryview) or len(value) > maximum:
+        if not isinstance(value, _BYTES) or len(value) > maximum:
             raise ValueError("buffer out of bounds")
         return memoryview(value)
 
@@ -93,12 +94,12 @@ def sequence(item: Field, maximum: int = MAX_PARTIES) -> Field:
     def load(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, tuple) or len(value) > maximum:
             raise ValueError("sequence out of bounds")
-        return tuple(item.load(entry) for entry in value)
+        return tuple(map(item.load, value))
 
     def dump(value: Any) -> tuple[Any, ...]:
-        return tuple(item.dump(entry) for entry in value)
+        return tuple(map(item.dump, value))
 
-    return Field(load, dump)
+    return Field(load, _same if item.dump is _same else dump)
 
 
 def mapping(item: Field, key: Field = SITE, maximum: int = MAX_PARTIES) -> Field:
@@ -107,12 +108,14 @@ def mapping(item: Field, key: Field = SITE, maximum: int = MAX_PARTIES) -> Field
     def load(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > maximum:
             raise ValueError("map out of bounds")
-        return {key.load(k): item.load(v) for k, v in value.items()}
+        load_key, load_item = key.load, item.load
+        return {load_key(k): load_item(v) for k, v in value.items()}
 
     def dump(value: Any) -> dict[str, Any]:
-        return {k: item.dump(v) for k, v in value.items()}
+        dump_item = item.dump
+        return {k: dump_item(v) for k, v in value.items()}
 
-    return Field(load, dump)
+    return Field(load, _same if item.dump is _same else dump)
 
 
 def record(kind: type[Any]) -> Field:
@@ -140,7 +143,7 @@ def optional(item: Field) -> Field:
 
 def dump_record(value: Any) -> tuple[Any, ...]:
     """The encodable tuple of a wire record, fields in table order."""
-    return tuple(field.dump(getattr(value, name)) for name, field in value.FIELDS)
+    return tuple([field.dump(getattr(value, name)) for name, field in value.FIELDS])
 
 
 def load_record(kind: type[T], value: Any) -> T:
@@ -148,7 +151,7 @@ def load_record(kind: type[T], value: Any) -> T:
     fields: tuple[tuple[str, Field], ...] = kind.FIELDS  # type: ignore[attr-defined]
     if not isinstance(value, tuple) or len(value) != len(fields):
         raise ValueError("wrong number of fields")
-    return kind(*(field.load(entry) for (_, field), entry in zip(fields, value, strict=True)))
+    return kind(*[field.load(entry) for (_, field), entry in zip(fields, value, strict=True)])
 
 
 def malformed(what: str) -> ProtocolError:

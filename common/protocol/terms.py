@@ -113,8 +113,10 @@ class Terms:
         words = self.metric_words + self.statistic_words
         return 2**22 + 4 * slots + 12 * self.layout.size + 16 * words
 
-    def signed_sum(self, lane: Lane, words: memoryview | bytes) -> NDArray[np.int64]:
-        """A lane's published aggregate as signed integers.
+    def checked_sum(
+        self, lane: Lane, words: memoryview | bytes
+    ) -> NDArray[np.uint32] | NDArray[np.uint64]:
+        """A lane's published aggregate as the lane's words.
 
         Raises ProtocolError where it is not the one form of that sum: length, and no bit above
         the ring.
@@ -122,11 +124,14 @@ class Terms:
         array = np.frombuffer(words, lane.word) if len(words) % lane.word.itemsize == 0 else None
         if array is None or array.size != lane.length:
             raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate has the wrong length.")
-        if lane.bits == METRIC_BITS:
-            return array.view(np.int64)
         if lane.bits < 8 * lane.word.itemsize and array.size and int(array.max()) >> lane.bits:
             raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate is not in the ring.")
-        return to_signed(array, lane.bits)
+        return array
+
+    def signed_sum(self, lane: Lane, words: memoryview | bytes) -> NDArray[np.int64]:
+        """A lane's published aggregate as signed integers. Raises as `checked_sum`."""
+        array = self.checked_sum(lane, words)
+        return array.view(np.int64) if lane.bits == METRIC_BITS else to_signed(array, lane.bits)
 
     def apply(
         self,

@@ -185,7 +185,7 @@ def verify_link(terms: Terms, run: bytes, link: Link) -> bytes:
     if len(link.sums) != len(header.lanes) or len(header.exponents) != len(terms.exponents):
         raise ProtocolError(Code.LINK_MALFORMED, "A link's aggregate has the wrong shape.")
     for lane, words in zip(header.lanes, link.sums, strict=True):
-        terms.signed_sum(lane, words)
+        terms.checked_sum(lane, words)
     if not set(link.roots) <= set(link.heads) or not set(link.heads) <= set(terms.roster):
         raise ProtocolError(Code.LINK_MALFORMED, "A link's survivors are not its participants.")
     survivors = certified_survivors(link)
@@ -198,15 +198,18 @@ def verify_link(terms: Terms, run: bytes, link: Link) -> bytes:
     return survivors
 
 
-def advance(terms: Terms, chain: Chain, link: Link, digest_of: Any) -> Chain:
+def advance(
+    terms: Terms, chain: Chain, link: Link, digest_of: Any, survivors: bytes | None = None
+) -> Chain:
     """The chain after a verified link, from the chain the link's round started on.
 
+    `survivors` is the link's survivors hash, where the caller has it from `verify_link`.
     Raises ProtocolError where the link does not continue `chain`.
     """
     header = link.header
     if header.state != chain.state_digest or header.prev != chain.prev:
         raise ProtocolError(Code.LINK_STATE, "A link does not continue this site's model.")
-    _, following = link_hashes(link)
+    following = commit(survivors or certified_survivors(link), link.sums)
     if header.kind == "evaluate":
         return Chain(
             header.round,

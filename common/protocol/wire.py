@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from common.crypto import labels
-from common.crypto.digest import decode, encode
+from common.crypto.digest import decode, encode, opening
 from common.crypto.identity import SiteKey
 from common.errors import Code, ProtocolError
 from common.protocol.codec import (
@@ -661,6 +661,11 @@ def unpack_from_site(payload: bytes, max_bytes: int) -> tuple[type[Any], Any]:
         return kind, load_record(Signed if kind in STATEMENTS else kind, fields)
     except ValueError:
         raise malformed(kind.__name__) from None
+
+
+def claims(payload: bytes, kind: type[Any]) -> bool:
+    """Whether a message begins as one of this kind does; nothing else of it is read."""
+    return payload.startswith(opening(kind.__name__, len(kind.FIELDS)))
 
 
 def _split(payload: bytes, max_bytes: int) -> tuple[str, tuple[Any, ...]]:

@@ -12,14 +12,14 @@ Masks are added modulo 2**32 and truncated on the wire, which is the same as mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.crypto.digest import Buffer, TreePart, expand, flat_view, tree_root
+from common.crypto.digest import Buffer, TreePart, flat_view, hkdf_expand, labelled, tree_root
 from common.crypto.mask import Streams, Words, check_words
 from common.errors import Code, ProtocolError
 from common.secagg.quantise import BLOCK_WORDS, Quantiser
@@ -66,7 +66,13 @@ def stream_key(secret: bytes, label: str, lane: Lane, uh1: bytes) -> bytes:
     Guarantee: lanes that differ in number, width or length have unrelated streams, as have
     rounds whose participants (digest `uh1`) differ.
     """
-    return expand(secret, label, lane.lane_id, lane.bits, lane.length, uh1)
+    return stream_keys([secret], label, lane, uh1)[0]
+
+
+def stream_keys(secrets: Iterable[bytes], label: str, lane: Lane, uh1: bytes) -> list[bytes]:
+    """`stream_key` of every secret, in their order."""
+    purpose = labelled(label, lane.lane_id, lane.bits, lane.length, uh1)
+    return [hkdf_expand(secret, purpose) for secret in secrets]
 
 
 def pack(words: Words, bits: int) -> list[NDArray[Any]]:
@@ -101,7 +107,7 @@ def add_packed(accumulator: Words, planes: Sequence[Buffer], bits: int) -> None:
     """
     _check_width(accumulator, bits)
     arrays = _arrays(planes, bits, accumulator.size)
-    scratch = np.zeros(BLOCK_WORDS, np.uint32)
+    scratch = np.zeros(min(BLOCK_WORDS, accumulator.size), np.uint32)
     for start in range(0, accumulator.size, BLOCK_WORDS):
         block = accumulator[start : start + BLOCK_WORDS]
         pieces = [array[start : start + BLOCK_WORDS] for array in arrays]
@@ -162,7 +168,7 @@ def masked_planes(
     fresh = [np.empty(update.size, kind) for kind in _PLANES[bits]] if out is None else out
     planes = _arrays(fresh, bits, update.size)
     hashed = [TreePart() for _ in planes]
-    scratch = np.empty(BLOCK_WORDS, np.uint32)
+    scratch = np.empty(min(BLOCK_WORDS, update.size), np.uint32)
     for start in range(0, update.size, BLOCK_WORDS):
         stop = min(start + BLOCK_WORDS, update.size)
         pieces = [plane[start:stop] for plane in planes]

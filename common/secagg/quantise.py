@@ -116,7 +116,7 @@ class Quantiser:
         self._flat = flat
         self._limit = limit(bits, parties)
         self._runs = _runs(exponents, sizes)
-        self._scratch = np.empty(BLOCK_WORDS, np.float32)
+        self._scratch = np.empty(min(BLOCK_WORDS, flat.size), np.float32)
 
     def block(self, start: int, stop: int, out: NDArray[np.uint32]) -> None:
         """Write the words of flat[start:stop], at most BLOCK_WORDS of them, to `out`."""

@@ -192,10 +192,6 @@ def opening(world: Schedule, **changes: Any) -> Any:
 # ---------------------------------------------------------------- the start of a round
 
 
-def relinked(**changes: Any) -> Callable[[Schedule, RoundStart], RoundStart]:
-    return lambda world, message: replace(message, link=replace(message.link, **changes))
-
-
 def altered_sum(link: Link) -> Link:
     return replace(link, sums=(memoryview(flip(bytes(link.sums[0]))), *link.sums[1:]))
 
@@ -457,10 +453,6 @@ def oversized(world: Schedule, message: Any) -> bytes:
 
 def reordered_fields(world: Schedule, message: Any) -> bytes:
     return encode((type(message).__name__, *reversed(dump_record(message))))
-
-
-def as_another_kind(world: Schedule, message: Any) -> bytes:
-    return encode(("Agreements", *dump_record(message)))
 
 
 CLOSING = [

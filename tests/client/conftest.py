@@ -47,28 +47,6 @@ WORDS = [
 LABELS = ("pneumonia", "asthma", "heart failure")
 
 
-def _save_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *WORDS]
-    vocab = {word: index for index, word in enumerate(names)}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(folder)
-    return len(vocab)
-
-
 def _save_model(folder: Path, family: str, words: int) -> None:
     import torch
     import transformers as hf
@@ -129,7 +107,9 @@ def _save_model(folder: Path, family: str, words: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callable[[Path, list[str]], int]
+) -> Callable[[str], Path]:
     """The folder of a tiny random encoder of a family, made once."""
     import torch
 
@@ -139,7 +119,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder_of(family: str) -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            _save_model(folder, family, _save_tokenizer(folder))
+            _save_model(folder, family, save_tokenizer(folder, WORDS))
             made[family] = folder
         return made[family]
 

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client.privacy.ledger import Charge
 from client.privacy.noise import SecureNoise
-from client.training import LocalTrainer, TrainingSettings, pick_device
-from common.accountant import DpEvent
+from client.training import LocalTrainer, TrainingSettings
 from common.errors import Code, DataError, RefusedError
 from common.metrics import METRIC_SCALE
 from common.tensors import Layout
@@ -330,17 +328,6 @@ def test_metrics_are_not_measured_without_the_noise_they_need():
         settings(evaluation_noise=1e-3)
 
 
-def test_what_a_round_charges_is_what_it_does():
-    chosen = settings(local_steps=7, sampling_rate=0.1, noise_multiplier=1.3, evaluation_noise=9.0)
-    train = Charge("train", "train", (DpEvent(1.3, 0.1, 7),))
-    assert chosen.charges(evaluate=False) == (train,)
-    assert chosen.charges(evaluate=True) == (
-        train,
-        Charge("evaluate", "held_out", (DpEvent(9.0, 1.0, 1),)),
-    )
-    assert plain().charges(evaluate=True) == ()
-
-
 def test_a_model_is_admitted_before_the_first_private_step():
     learner = Rows(np.arange(8))
     learner.module = nn.Sequential(nn.Linear(5, LABELS), nn.BatchNorm1d(LABELS, affine=False))
@@ -370,8 +357,3 @@ def test_bfloat16_rounds_have_wider_noise_and_finite_updates():
     rough = trainer_of(learner, settings(precision="bfloat16")).train(learner.state(), 1)
     exact = -clipped_sum(learner, 0.2) / 4.0
     assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
-
-
-def test_the_device_is_taken_at_its_word():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

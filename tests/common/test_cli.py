@@ -204,26 +204,23 @@ def test_an_image_without_a_package_still_answers(tmp_path) -> None:
         f"import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; "
         "from common.cli import main; raise SystemExit(main())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", alone, "demo"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "WR-7002" in run.stderr
-    run = subprocess.run(
-        [sys.executable, "-c", alone, "check", str(ROOT / "configs/site.yaml"), STUDY],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "checked by the package client, which is not installed here" in run.stderr
+    for words, told in (
+        (["demo"], "WR-7002"),
+        (
+            ["check", str(ROOT / "configs/site.yaml"), STUDY],
+            "checked by the package client, which is not installed here",
+        ),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", alone, *words],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert run.returncode == 2
+        assert told in run.stderr
     assert "ok: study diagnosis-minilm" in run.stdout
 
 

@@ -137,7 +137,7 @@ MISTAKES = [
     ),
     (
         changed("clip_norm: 1", "clip_norm: 0"),
-        ["study.yaml:12:14: privacy.clip_norm: must be greater than 0 (got 0)"],
+        ["study.yaml:12:14: privacy.clip_norm: must be at least 0.001 (got 0)"],
     ),
     (
         changed("mode: local", "mode: joint"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,24 @@ def test_the_simulation_names_hospitals_and_labels_that_its_data_has() -> None:
     assert {fault.site for fault in study.simulation.faults} <= hospitals
     homes = {(row["patient"], row["hospital"]) for row in rows}
     assert len(homes) == len({row["patient"] for row in rows})
+
+
+@pytest.mark.parametrize("name", ["simulation", "tabular", "diagnosis-minilm"])
+def test_no_private_example_is_planned_with_a_warning(name: str, capsys) -> None:
+    assert main(["plan", str(CONFIGS / f"{name}.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_control_measuring_every_round_is_warned_of(tmp_path: Path, capsys) -> None:
+    text = (CONFIGS / "simulation.yaml").read_text()
+    assert "every: 3, held_out: 0.35" in text
+    often = text.replace("every: 3, held_out: 0.35", "every: 1").replace(
+        "[data/", f"[{CONFIGS}/data/"
+    )
+    (tmp_path / "s.yaml").write_text(often)
+    assert main(["plan", str(tmp_path / "s.yaml"), "--json"]) == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert "evaluation.every" in warning
 
 
 def test_the_site_example_approves_nothing_by_itself() -> None:

@@ -7,8 +7,9 @@ from schedule import Schedule, kind_of
 import client.round
 import server.round
 from client.daemon import SiteDaemon
-from client.round import Persist, SendBlob
+from client.round import SendBlob
 from common.crypto import mask
+from common.protocol.effects import Persist
 from common.protocol.wire import BurnRequest, pack
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rogue import COLLUDER, VICTIM, federation, finish, halt, to_coordinator
 from schedule import Schedule
-from world import TracerWorker
+from world import TracerWorker, World
 
 from common.errors import Code, RefusedError
 from common.protocol.wire import Refusal, pack_statement, sign
@@ -136,3 +136,23 @@ def test_the_coordinator_says_whom_it_waits_for(phase):
     machine = world.coordinator.driver.machine
     assert machine.phase == phase
     assert VICTIM in machine.waiting_for()
+
+
+def test_a_site_that_dropped_out_once_is_waited_for_in_the_next_round():
+    """The last in line, too: its Ready comes when everybody else's is there already."""
+    world = World(5, rounds=3)
+    last = world.sites[-1]
+    coordinator = world.coordinator
+
+    def network(sender, recipient, payload):
+        driver = coordinator.driver
+        lost = driver is not None and driver.machine.record.round == 1
+        lost = lost and driver.machine.phase != "ready" and last in {sender, recipient}
+        return [] if lost else [(sender, recipient, payload)]
+
+    world.network = network
+    world.start()
+    world.run()
+    assert last not in world.rounds[0].survivors
+    assert all(last in result.survivors for result in world.rounds[1:])
+    world.check()

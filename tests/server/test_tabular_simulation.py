@@ -17,7 +17,7 @@ from common.accountant import DpEvent
 from common.bundle import Bundle
 from common.cli import main
 from common.errors import Code, DataError, RefusedError
-from common.world import ManualClock, WallClock
+from common.world import ManualClock, SeededEntropy, WallClock
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STUDY = CONFIGS / "tabular.yaml"
@@ -130,20 +130,18 @@ def test_a_damaged_model_folder_is_refused(run, tmp_path):
     assert caught.value.code is Code.MODEL_STATE
 
 
+def _ledger(path, cap):
+    entropy = SeededEntropy(path.name)
+    return Ledger.open(path, epsilon_cap=cap, delta=1e-4, clock=ManualClock(), entropy=entropy)
+
+
 def test_a_hospital_whose_budget_is_spent_does_not_count(run, tmp_path):
     from client.privacy.ledger import Charge, RoundId
     from client.round import Work
-    from common.world import SeededEntropy
     from server.simulate import _permissive
 
     bundle = Bundle.load(run / "state" / "bundle")
-    ledger = Ledger.open(
-        tmp_path / "l.sqlite",
-        epsilon_cap=2.5,
-        delta=1e-4,
-        clock=ManualClock(),
-        entropy=SeededEntropy("l"),
-    )
+    ledger = _ledger(tmp_path / "l.sqlite", 2.5)
     split = ledger.split(0.2).identity
     ledger.reserve_round(
         RoundId(bytes(32), "", 1), [Charge("train", "train", (DpEvent(1.6, 1.0, 1),))], split
@@ -178,13 +176,7 @@ def test_a_hospital_whose_budget_is_spent_does_not_count(run, tmp_path):
     assert asked == []
     ledger.close()
     # Control: with room under the cap the same request is served, and charged first.
-    roomy = Ledger.open(
-        tmp_path / "r.sqlite",
-        epsilon_cap=10,
-        delta=1e-4,
-        clock=ManualClock(),
-        entropy=SeededEntropy("r"),
-    )
+    roomy = _ledger(tmp_path / "r.sqlite", 10)
     worker = HospitalWorker(setup, roomy)
     worker._trainer = Untouched()
     assert worker.work(request).statistics is not None

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.data.partition import held_out, manifest, partition, site_slug
+from client.data.partition import manifest, partition, site_slug
 from client.data.records import Record
+from client.privacy.ledger import HeldOutSplit
 from common.errors import Code, DataError
 from common.study import Split
 
@@ -52,8 +53,8 @@ def test_no_patient_is_at_two_sites_or_on_both_sides(settings_, sites, patients,
             homes.setdefault(records[at].patient, set()).add(site)
     assert all(len(found) == 1 for found in homes.values())
     assert sorted(at for held in done.records.values() for at in held) == list(range(len(records)))
-    key = hashlib.sha256(b"k").digest()
-    sides = {(r.patient, held_out(r.patient, key, fraction)) for r in records}
+    held_out = HeldOutSplit(hashlib.sha256(b"k").digest(), fraction)
+    sides = {(r.patient, held_out.holds_out(r.patient)) for r in records}
     assert len(sides) == patients
 
 
@@ -186,16 +187,6 @@ def test_the_studys_sites_name_the_parts():
     split = Split.model_validate({"by": "iid", "sites": 3})
     done = partition(_records(60), split, labels=LABELS, seed=0, sites=("x", "y", "z"))
     assert list(done.records) == ["x", "y", "z"]
-
-
-def test_held_out_depends_on_patient_and_key_alone_and_meets_its_fraction():
-    patients = [f"p{i}" for i in range(4000)]
-    first = [held_out(p, b"key", 0.2) for p in patients]
-    assert first == [held_out(p, b"key", 0.2) for p in patients]
-    assert first != [held_out(p, b"other", 0.2) for p in patients]
-    assert sum(first) / len(first) == pytest.approx(0.2, abs=0.025)
-    grown = [held_out(p, b"key", 0.3) for p in patients]
-    assert all(later for now, later in zip(first, grown, strict=True) if now)
 
 
 def test_the_manifest_tells_inputs_settings_and_counts(tmp_path):

@@ -268,8 +268,8 @@ import os, signal, sys
 from pathlib import Path
 from client.privacy.ledger import Charge, Ledger, RoundId
 from common.accountant import DpEvent
-from common.world import SystemClock, SystemEntropy
-ledger = Ledger.open(Path(sys.argv[1]), epsilon_cap=8.0, delta=1e-5, clock=SystemClock(),
+from common.world import SystemEntropy, WallClock
+ledger = Ledger.open(Path(sys.argv[1]), epsilon_cap=8.0, delta=1e-5, clock=WallClock(),
                      entropy=SystemEntropy())
 for number in range(int(sys.argv[2])):
     ledger.reserve_round(RoundId(bytes(32), sys.argv[3], number + 1),
@@ -518,6 +518,8 @@ def test_the_split_is_fixed_keyed_and_about_as_large_as_asked(path):
     assert HeldOutSplit(bytes(32), 0.2).identity != split.identity
     other = HeldOutSplit(bytes(32), 0.2)
     assert [other.holds_out(name) for name in names] != chosen
+    grown = again.split(0.3)
+    assert all(grown.holds_out(n) for n, held in zip(names, chosen, strict=True) if held)
     assert split.key.hex() not in json.dumps([dict(row.body) for row in again.history()])
     again.close()
 

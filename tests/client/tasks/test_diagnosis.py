@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from client.tasks.backbone import load_backbone
 from client.tasks.base import owners_of
-from client.tasks.diagnosis import DiagnosisLearner, choose_device
+from client.tasks.diagnosis import DiagnosisLearner
 from client.tasks.network import Plan, bare_model, network_for
 from client.tasks.text import Encoder, Reading
 from common.errors import Code, DataError
@@ -348,8 +348,3 @@ def test_losses_run_in_the_precision_of_the_caller(make):
     assert reduced.dtype == torch.float32
     torch.testing.assert_close(reduced, plain, atol=0.15, rtol=0.1)
     assert not torch.equal(reduced, plain)
-
-
-def test_devices_are_chosen_by_name():
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type in {"cpu", "cuda"}

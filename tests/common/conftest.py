@@ -1,38 +1,32 @@
+"""Reproducible bytes, and Wycheproof's vectors."""
+
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from common.world import SeededEntropy
 
-
-class SeededEntropy:
-    """Reproducible bytes for tests; never in a package."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed.to_bytes(8, "big")
-        self._count = 0
-
-    def take(self, count: int) -> bytes:
-        self._count += 1
-        return hashlib.shake_256(self._seed + self._count.to_bytes(8, "big")).digest(count)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def seeded():
-    return SeededEntropy
+def seeded() -> Callable[[int], SeededEntropy]:
+    """An entropy for tests, by number."""
+    return lambda seed: SeededEntropy(str(seed))
 
 
 @pytest.fixture(scope="session")
-def wycheproof():
+def wycheproof() -> Callable[[str], list[tuple[dict[str, Any], dict[str, Any]]]]:
     """A function from a file's stem to its (group, test) pairs."""
     shared = Path(os.environ.get("WARDROUND_DATA", ROOT.parent / "shared" / "data"))
 
-    def load(stem: str) -> list[tuple[dict, dict]]:
+    def load(stem: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         path = shared / "wycheproof" / f"{stem}.json"
         if not path.is_file():
             pytest.skip(f"Wycheproof vectors are not at {path}")
