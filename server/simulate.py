@@ -32,6 +32,7 @@ from client.site import (
     site_key,
     write_demo,
 )
+from common import integrity
 from common.audit import AuditLog, Value, run_audit_verify, write_keys
 from common.bundle import Bundle
 from common.config import load
@@ -171,6 +172,8 @@ def _run(
     federation: Federation, bundle: Bundle, paths: Paths, view: RunView, device: str
 ) -> Conclusion:
     started = time.monotonic()
+    # The code that runs is the code that was installed; a checkout cannot be checked.
+    integrity.verify(("common", "client", "server"))
     if not (paths.bundle / "bundle.json").exists():
         bundle.save(paths.bundle)
     manifest = json.dumps(federation.manifest, indent=1, ensure_ascii=False)

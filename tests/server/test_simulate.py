@@ -476,3 +476,20 @@ def test_a_built_bundle_is_planned(make_study, wardround, tmp_path):
     assert status == 0, problems + told
     assert json.loads(told)["parameters"] == 51
     assert wardround("plan", bundle)[0] == 0
+
+
+def test_altered_code_does_not_run(make_study, tmp_path, monkeypatch):
+    from common import integrity
+    from common.errors import Code, RefusedError
+    from server.simulate import simulate
+    from server.table import Silent
+
+    def altered(packages):
+        assert set(packages) == {"common", "client", "server"}
+        raise RefusedError(Code.CODE_ALTERED, "common/ids.py differs from what was installed.")
+
+    monkeypatch.setattr(integrity, "verify", altered)
+    with pytest.raises(RefusedError) as caught:
+        simulate(make_study(), tmp_path / "out", view=Silent())
+    assert caught.value.code is Code.CODE_ALTERED
+    assert not list((tmp_path / "out").rglob("ledger.sqlite"))
