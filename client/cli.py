@@ -21,9 +21,12 @@ def _build(arguments: argparse.Namespace) -> int:
     from common.study import Study
 
     study = load(arguments.study, Study)
-    from client.federation import build_bundle, federation_study
+    # The data first: a fault in it is told before torch is loaded.
+    from client.holdings import study_with_sites
 
-    study = federation_study(study, arguments.study)
+    study = study_with_sites(study, arguments.study)
+    from client.federation import build_bundle
+
     bundle = build_bundle(study)
     folder = arguments.out or Path(f"{study.name}-bundle")
     bundle.save(folder)

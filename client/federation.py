@@ -43,7 +43,6 @@ __all__ = [
     "SiteRecords",
     "build_bundle",
     "build_learner",
-    "federation_study",
     "table_columns",
 ]
 
@@ -205,10 +204,3 @@ def build_bundle(study: Study) -> Bundle:
     """Resolve a study into its bundle. Raises DataError, ConfigError."""
     built = build_model(study)
     return resolve(study, built.initial, built.backbone_digest, built.config)
-
-
-def federation_study(study: Study, config: Path) -> Study:
-    """The study with its sites: listed, or, in a simulation, as its data gives them."""
-    if study.sites or study.simulation is None:
-        return study
-    return with_sites(study, tuple(read_holdings(study, config).records))

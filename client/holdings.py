@@ -67,6 +67,18 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     )
 
 
+def study_with_sites(study: Study, config: Path) -> Study:
+    """The study with its sites: listed, or, in a simulation, as its data gives them.
+
+    Raises DataError naming file and line.
+    """
+    if study.sites or study.simulation is None:
+        return study
+    from common.bundle import with_sites
+
+    return with_sites(study, tuple(read_holdings(study, config).records))
+
+
 def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
     """The columns that the study reads; `site` names one that says whose row it is."""
     task = study.task
