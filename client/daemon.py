@@ -80,7 +80,8 @@ class SiteDaemon:
         except ProtocolError as error:
             effects = self._refused(error)
         except DataError as error:  # an update that is not finite: this round goes on without us
-            effects = self._machine.refusal(error.code, None)
+            own = Note("round.declined", {"code": error.code.label})
+            effects = [own, *self._machine.refusal(told(error), None)]
         self._execute(effects)
 
     def _refused(self, error: ProtocolError) -> list[Effect]:
@@ -132,11 +133,15 @@ class SiteDaemon:
         return self._machine.worked(request.round, result)
 
     def _declined(self, request: Work, error: WardroundError) -> list[Effect]:
-        """Sit the round out. What is wrong with the records never leaves, not even as a code."""
-        code = Code.DATA_DECLINED if isinstance(error, DataError) else error.code
-        own = Note("budget.refused", {"code": error.code.label, "round": request.round})
+        """Sit the round out; the reason itself stays in the hospital's own audit log."""
+        own = Note("round.declined", {"code": error.code.label, "round": request.round})
         return [
             *self._machine.decline(request.round),
             own,
-            *self._machine.refusal(code, None),
+            *self._machine.refusal(told(error), None),
         ]
+
+
+def told(error: WardroundError) -> Code:
+    """What the coordinator learns: what is wrong with the records never leaves, even as a code."""
+    return Code.DATA_DECLINED if isinstance(error, DataError) else error.code

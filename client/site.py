@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from client.approval import StudyFacts, approve
 from client.config import Ceilings
-from client.daemon import SiteDaemon
+from client.daemon import SiteDaemon, told
 from client.privacy.ledger import Charge, Ledger, Reservation, RoundId, Spending
 from client.round import SiteRound, Work, Worked
 from common.audit import AuditLog
@@ -270,9 +270,9 @@ class Site:
         return None if self.ledger is None else self.ledger.spent()
 
     def declined_with(self, label: str) -> bool:
-        """Whether the last work this hospital would not do was declined with this code."""
+        """Whether the last work this hospital would not do is what it told by this code."""
         declined = self.worker.declined
-        return declined is not None and declined.code.label == label
+        return declined is not None and told(declined).label == label
 
     def close(self, *, finish: bool = False) -> None:
         """Let go of files; `finish` ends the audit log for good."""

@@ -135,6 +135,7 @@ _EVENTS: Mapping[str, frozenset[str]] = {
     | {"uh2", "commit", "aggregate", "model", "survivors", "dropouts", "quorum"}
     | {"bytes_up", "bytes_down", "epsilon", "cap"},
     "round.aborted": _ROUND | {"code", "reason", "phase", "survivors", "dropouts", "quorum"},
+    "round.declined": _ROUND | {"code"},
     "round.burned": _ROUND | {"code", "reason", "phase"},
     "site.dropped": _ROUND | {"site", "phase"},
     "site.returned": _ROUND | {"site"},

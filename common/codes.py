@@ -66,6 +66,11 @@ class Code(Enum):
         "Add a section `simulation` with `data` and `split`; see configs/simulation.yaml.",
     )
     # ---- 20xx data
+    DATA_DECLINED = (
+        "WR-2090",
+        "A hospital sits a round out because of its own records or machine.",
+        "Read that hospital's own audit log: why is nobody else's business.",
+    )
     DATA_UNREADABLE = (
         "WR-2001",
         "A data file is missing, unreadable or damaged.",
@@ -284,11 +289,6 @@ class Code(Enum):
         "WR-3020",
         "A study would cost a patient more epsilon than it declares.",
         "The study's noise or rounds do not fit its epsilon; build and sign it again.",
-    )
-    DATA_DECLINED = (
-        "WR-3021",
-        "A hospital sits a round out because of its own records or machine.",
-        "Read that hospital's own audit log: why is nobody else's business.",
     )
     # ---- 31xx approval and ceilings
     APPROVAL_STOPPED = (

@@ -15,8 +15,6 @@ from common.ports import Entropy
 
 X25519_BYTES: Final = 32
 KEM_SEED_BYTES: Final = 64
-KEM_PUBLIC_BYTES: Final = 1184
-KEM_CIPHERTEXT_BYTES: Final = 1088
 
 
 class EphemeralKeys:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from common.crypto import labels
 from common.crypto.digest import decode, encode, opening
 from common.crypto.identity import SiteKey
-from common.errors import Code, ProtocolError
 from common.protocol.codec import (
     DIGEST,
     ROUND,
@@ -673,11 +672,3 @@ def _split(payload: bytes, max_bytes: int) -> tuple[str, tuple[Any, ...]]:
     if not isinstance(value, tuple) or not value or not isinstance(value[0], str):
         raise malformed("message")
     return value[0], value[1:]
-
-
-def require_known(code: Code, site: str, parties: dict[str, bytes]) -> bytes:
-    """The roster key of `site`. Raises ProtocolError with `code` where it is not a party."""
-    public = parties.get(site)
-    if public is None:
-        raise ProtocolError(code, f"{site} is not a party of this study.")
-    return public
