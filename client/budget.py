@@ -1,18 +1,22 @@
-"""What `wardround privacy` shows: every ledger under a folder, and how many rounds are left."""
+"""What is read out of ledgers: for people, for a study before it runs, and for one that is over."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from client.privacy.ledger import Charge, Ledger
-from common.accountant import DpEvent
+from client.privacy.ledger import Charge, Ledger, LedgerRow
+from common.accountant import DpEvent, epsilon
 from common.errors import Code, StorageError
 from common.world import WallClock, write_durably
+
+if TYPE_CHECKING:
+    from common.bundle import Bundle
 
 _LEDGER_FILE = "ledger.sqlite"
 _CACHE_FILE = "ledger.forecast.json"
@@ -141,3 +145,149 @@ def _computed(path: Path, ledger: Ledger) -> LedgerLine:
         len(rounds),
         forecast,
     )
+
+
+# ---------------------------------------------------------------------------- one study
+
+STATEMENT_FORMAT: Final = "wardround-privacy/1"
+_Spent = dict[tuple[str, str], Counter[tuple[float, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StudyForecast:
+    """What a whole study would do to a population, its spare rounds included.
+
+    Units:
+        epsilon of the worse-off patients at the ledger's delta: `before` it, `after` it, and
+        the `cap`; `own` is the study's alone.
+    """
+
+    before: float
+    own: float
+    after: float
+    cap: float
+    delta: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the cap allows the whole study."""
+        return self.after <= self.cap + 1e-9
+
+    @property
+    def left(self) -> float:
+        """Epsilon up to the cap, after the study."""
+        return max(0.0, self.cap - self.after)
+
+
+def forecast_study(
+    bundle: Bundle,
+    rows: Sequence[LedgerRow],
+    *,
+    releases: int,
+    split: str,
+    cap: float,
+    delta: float,
+) -> StudyForecast | None:
+    """What the study would add to a ledger's rows; None where it has no privacy mode.
+
+    Args:
+        bundle: the study.
+        rows: the population's ledger; empty where there is none yet.
+        releases: how often its metrics are released, spare rounds aside.
+        split: the study's division into training and held-out patients.
+        cap: the population's.
+        delta: the ledger's.
+    """
+    if bundle.noise_multiplier is None or bundle.evaluation_noise is None:
+        return None
+    training, before = bundle.study.training, _spent(rows)
+    rounds = training.rounds + training.spare_rounds
+    own: _Spent = {
+        (split, "train"): Counter(
+            {(bundle.noise_multiplier, training.sampling_rate): rounds * training.local_steps}
+        ),
+        (split, "held_out"): Counter(
+            {(bundle.evaluation_noise, 1.0): releases + training.spare_rounds}
+        ),
+    }
+    if bundle.statistics_noise is not None:
+        own[(split, "train")][(bundle.statistics_noise, 1.0)] += 1
+    after: _Spent = {key: counts.copy() for key, counts in before.items()}
+    for key, counts in own.items():
+        after.setdefault(key, Counter()).update(counts)
+    return StudyForecast(
+        _total(before, delta), _total(own, delta), _total(after, delta), cap, delta
+    )
+
+
+def privacy_statement(bundle: Bundle, rows: Sequence[LedgerRow], *, site: str) -> dict[str, Any]:
+    """What a study has cost this hospital's patients: for the people who must answer for it.
+
+    Epsilon is at the study's own delta, counted from the ledger's rows by dp-accounting's PLD.
+    """
+    privacy, digest = bundle.study.privacy, bundle.digest.hex()
+    told: dict[str, Any] = {
+        "format": STATEMENT_FORMAT,
+        "site": site,
+        "study": bundle.study.name,
+        "digest": digest,
+        "mode": privacy.mode,
+        "unit": "patient",
+        "neighbours": "one patient more or less",
+    }
+    if privacy.mode == "none" or privacy.delta is None:
+        return told | {
+            "statement": "The study trained without differential privacy: its model promises no "
+            "patient anything; single updates were hidden by secure aggregation."
+        }
+    own = _spent(rows, study=digest)
+    parts = {part: _composed(own, (part, "all"), privacy.delta) for part in ("train", "held_out")}
+    charged = {
+        (row.body["round"], row.body["attempt"])
+        for row in rows
+        if row.kind == "charge" and row.body["study"] == digest
+    }
+    worst = max(parts.values())
+    return told | {
+        "epsilon_agreed": privacy.epsilon,
+        "delta": privacy.delta,
+        "epsilon_spent": {"training": parts["train"], "held_out": parts["held_out"]},
+        "rounds_charged": len(charged),
+        "statement": f"Everything this hospital contributed is ({worst:.3f}, {privacy.delta:g})-"
+        "differentially private for every one of its patients.",
+    }
+
+
+def _spent(rows: Sequence[LedgerRow], *, study: str | None = None) -> _Spent:
+    """(split, part) to how many steps of which event; voided rows left out."""
+    voided: set[int] = set()
+    for row in rows:
+        if row.kind == "void":
+            voided.update(range(row.body["first"], row.body["last"] + 1))
+    spent: _Spent = {}
+    for row in rows:
+        if row.kind != "charge" or row.sequence in voided:
+            continue
+        if study is not None and row.body["study"] != study:
+            continue
+        counts = spent.setdefault((row.body["split"], row.body["part"]), Counter())
+        for sigma, rate, steps in row.body["events"]:
+            counts[(sigma, rate)] += steps
+    return spent
+
+
+def _composed(spent: Mapping[tuple[str, str], Any], parts: Sequence[str], delta: float) -> float:
+    events = [
+        DpEvent(sigma, rate, steps)
+        for (_, part), counts in spent.items()
+        if part in parts
+        for (sigma, rate), steps in counts.items()
+    ]
+    return epsilon(events, delta) if events else 0.0
+
+
+def _total(spent: _Spent, delta: float) -> float:
+    """Of the worse-off patients; under two divisions a patient may have been on both sides."""
+    if len({split for split, _ in spent}) > 1:
+        return _composed(spent, ("train", "held_out", "all"), delta)
+    return max(_composed(spent, (part, "all"), delta) for part in ("train", "held_out"))

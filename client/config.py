@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from common.address import split_address
 from common.config import Frozen, Rules, beside
 from common.study import MAX_SITES, MIN_SITES, FilePath, Listed, Name, Text
 
-__all__ = ["FORMAT", "Budget", "Ceilings", "ColumnNames", "DataFiles", "SiteConfig"]
+__all__ = [
+    "FORMAT",
+    "Budget",
+    "Ceilings",
+    "ColumnNames",
+    "DataFiles",
+    "Link",
+    "SiteConfig",
+    "Window",
+]
 
 FORMAT: Final = "wardround-site/1"
 
@@ -78,6 +88,52 @@ class Ceilings(Frozen):
     )
 
 
+def _proxy(value: str) -> str:
+    scheme, _, address = value.partition("://")
+    if scheme != "http" or "@" in address:
+        raise ValueError(f"must be http://host:port, without a password (got {value[:70]!a})")
+    split_address(address)
+    return value
+
+
+class Window(Frozen):
+    """The local hours in which large transfers may run; it may pass midnight."""
+
+    start: int = Field(alias="from", ge=0, le=23, description="first hour, 0 to 23")
+    end: int = Field(alias="to", ge=0, le=24, description="the hour it ends at, 0 to 24")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.start != self.end, "to", "is also `from`: the window is empty")
+        rules.done()
+        return self
+
+
+class Link(Frozen):
+    """How this hospital reaches the coordinator; the address itself comes from the invite."""
+
+    proxy: Annotated[str, Field(max_length=300), AfterValidator(_proxy)] | None = Field(
+        None, description="HTTPS proxy, http://host:port; absent: HTTPS_PROXY of the environment"
+    )
+    megabits: float | None = Field(
+        None, gt=0, le=100_000, description="most megabits per second, each way; absent: no limit"
+    )
+    window: Window | None = Field(
+        None, description="local hours of large transfers; absent: always"
+    )
+
+    @property
+    def bits_per_second(self) -> int | None:
+        """The bandwidth cap."""
+        return None if self.megabits is None else max(1, round(self.megabits * 1_000_000))
+
+    @property
+    def hours(self) -> tuple[int, int] | None:
+        """The window's first hour, and the one it ends at."""
+        return None if self.window is None else (self.window.start, self.window.end)
+
+
 class SiteConfig(Frozen):
     """One hospital's own settings."""
 
@@ -91,6 +147,7 @@ class SiteConfig(Frozen):
     budget: Budget = Field(description="what all studies together may spend")
     ceilings: Ceilings = Field(description="what one study may ask for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
+    link: Link = Field(Link(), description="how this hospital reaches the coordinator")
     kill_switch: FilePath | None = Field(
         None, description="a file whose existence stops all training; absent: STATE/stop"
     )

@@ -9,16 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from client.round import (
-    Effect,
-    Final,
-    Release,
-    Send,
-    SendBlob,
-    SiteRound,
-    Work,
-    Worked,
-)
+from client.round.effects import Effect, Final, Release, Send, SendBlob, Work, Worked
+from client.round.machine import SiteRound
 from common.errors import Code, DataError, ProtocolError, RefusedError, WardroundError
 from common.evidence import Evidence
 from common.ports import Journal, Transport

@@ -32,7 +32,7 @@ from client.tasks.tabular import TabularLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.bundle import Bundle, resolve, with_sites
 from common.errors import Code, DataError
-from common.ports import Tensors
+from common.ports import Entropy, Tensors
 from common.statistics import DEVIATION, MEAN, StatisticsLayout
 from common.strategy import model_tensors
 from common.study import Study
@@ -43,6 +43,8 @@ __all__ = [
     "SiteRecords",
     "build_bundle",
     "build_learner",
+    "build_trainer",
+    "export_final",
     "table_columns",
 ]
 
@@ -79,6 +81,7 @@ class Federation:
     ) -> None:
         self._device = device
         self._learners: dict[str, Learner] = {}
+        self._trainers: dict[str, LocalTrainer] = {}
         self._divided: dict[str, SiteRecords] = {}
         held = read_holdings(study, config) if holdings is None else holdings
         self._seed = held.seed
@@ -143,6 +146,13 @@ class Federation:
             )
         return self._learners[site]
 
+    def trainer(self, site: str, bundle: Bundle, entropy: Entropy) -> LocalTrainer:
+        """The site's trainer, made once; noise comes from `entropy`."""
+        if site not in self._trainers:
+            learner = self.learner(site)
+            self._trainers[site] = build_trainer(bundle, learner, entropy, self._device)
+        return self._trainers[site]
+
     def alone(self, site: str, bundle: Bundle) -> dict[str, Array]:
         """What one hospital reaches with its own records only: the study's recipe without noise.
 
@@ -184,10 +194,7 @@ class Federation:
 
     def export(self, folder: Path, state: Tensors) -> None:
         """Write the model as a folder. Raises DataError, StorageError."""
-        if self.study.model is None:
-            export_tabular(folder, self.study, state)
-            return
-        export_model(folder, self.study, load_backbone(self.study.model.backbone), state)
+        export_final(folder, self.study, state)
 
 
 def build_learner(
@@ -198,6 +205,25 @@ def build_learner(
         return TabularLearner(study, train, held_out, device=device)
     backbone = load_backbone(study.model.backbone)
     return DiagnosisLearner(study, train, held_out, backbone, device=device)
+
+
+def build_trainer(bundle: Bundle, learner: Learner, entropy: Entropy, device: str) -> LocalTrainer:
+    """The trainer of a study over a hospital's learner; noise comes from `entropy`."""
+    settings = TrainingSettings.from_study(
+        bundle.study,
+        noise_multiplier=bundle.noise_multiplier,
+        evaluation_noise=bundle.evaluation_noise,
+        statistics_noise=bundle.statistics_noise,
+    )
+    return LocalTrainer(learner, bundle.layout, settings, SecureNoise(entropy), device)
+
+
+def export_final(folder: Path, study: Study, state: Tensors) -> None:
+    """Write a trained model as a folder. Raises DataError, StorageError."""
+    if study.model is None:
+        export_tabular(folder, study, state)
+        return
+    export_model(folder, study, load_backbone(study.model.backbone), state)
 
 
 def build_bundle(study: Study) -> Bundle:

@@ -12,7 +12,7 @@ from typing import Any
 
 from client.data.partition import Partition, manifest, partition
 from client.data.records import Record, require_disjoint
-from client.data.tables import TableColumns, read_tables
+from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, ConfigError
 from common.study import DiagnosisTask, Simulation, Study
 
@@ -48,23 +48,41 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     tests = _paths(simulation.data.test_files, config)
     labels, split, seed = study.task.labels, simulation.split, simulation.seed
     columns = table_columns(study, site=split.column)
-    records = read_tables(files, columns, labels=labels)
-    held = read_tables(tests, columns, labels=labels)
+    taken = take_tables(files, columns, labels=labels)
+    records = taken.records
+    tested = take_tables(tests, columns, labels=labels)
+    held = tested.records
     require_disjoint(records, held)
     sites = tuple(site.id for site in study.sites)
     done = partition(records, split, labels=labels, seed=seed, sites=sites)
-    tested: BySite = {}
+    testing: BySite = {}
+    beyond = _beyond(done, taken)
     if held:
         names = tuple(done.records)
         parts = partition(held, split, labels=labels, seed=seed, sites=names, floor=1)
-        tested = _at_sites(held, parts)
+        testing = _at_sites(held, parts)
+        beyond += _beyond(parts, tested)
+    told = [f"{line} beyond task.max_notes ({columns.most}) and not read." for line in beyond]
     return Holdings(
         records=_at_sites(records, done),
-        tests=tested,
-        warnings=done.warnings,
-        manifest=manifest(records, done, split, seed=seed, files=[*files, *tests]),
+        tests=testing,
+        warnings=(*done.warnings, *told),
+        manifest={
+            **manifest(records, done, split, seed=seed, files=[*files, *tests]),
+            "notes_not_read": sum(taken.dropped.values()) + sum(tested.dropped.values()),
+        },
         seed=seed,
     )
+
+
+def _beyond(done: Partition, taken: Taken) -> list[str]:
+    """For each site that has any: how many of its notes are not read, and of whom."""
+    told = []
+    for site, patients in done.patients.items():
+        counts = [taken.dropped[patient] for patient in patients if patient in taken.dropped]
+        if counts:
+            told.append(f"site {site}: {sum(counts)} note(s) of {len(counts)} patient(s) are")
+    return told
 
 
 def study_with_sites(study: Study, config: Path) -> Study:
@@ -84,7 +102,7 @@ def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
     task = study.task
     if isinstance(task, DiagnosisTask):
         names = task.columns
-        return TableColumns(names.text, names.patient, names.label, site)
+        return TableColumns(names.text, names.patient, names.label, site, most=task.max_notes)
     numbers = tuple(feature.name for feature in task.features)
     return TableColumns(None, task.columns.patient, task.columns.label, site, numbers)
 

@@ -1,13 +1,14 @@
 """Wires one hospital together: identity, journal, ledger, audit log, trainer, round machine.
 
-The one factory of a site, used by the daemon and by simulation. Torch is imported only when
-the first training or measurement is asked for.
+The one factory of a site, used by the hospital's daemon and by simulation. Torch is never
+imported here: the trainer is handed in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,32 +16,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.approval import StudyFacts, approve
+from client.approval import Approval, StudyFacts, approve
 from client.config import Ceilings
 from client.daemon import SiteDaemon, told
 from client.privacy.ledger import Charge, Ledger, Reservation, RoundId, Spending
-from client.round import SiteRound, Work, Worked
-from common.audit import AuditLog
+from client.round.effects import Work, Worked
+from client.round.machine import SiteRound
+from common.audit import ALONE, AuditLog, Value
 from common.bundle import Bundle
 from common.crypto.identity import SiteKey
 from common.crypto.seal import Vault
-from common.errors import Code, DataError, RefusedError, StorageError, WardroundError
-from common.evidence import AuditEvidence
-from common.ports import Entropy, Trainer, Transport
+from common.errors import Code, DataError, RefusedError, WardroundError
+from common.evidence import AuditEvidence, Evidence
+from common.keys import secret_file
+from common.ports import Entropy, Journal, Trainer, Transport
 from common.protocol.transcript import Chain
 from common.protocol.wire import Witness
 from common.world import (
     FileJournal,
+    JournalGroup,
     SealedJournal,
     WallClock,
     make_folder,
     unix_seconds,
-    write_durably,
 )
 
 if TYPE_CHECKING:
     from client.federation import Federation
-    from client.tasks.base import Learner
     from common.study import Study
 
 __all__ = [
@@ -51,7 +53,9 @@ __all__ = [
     "SiteSetup",
     "built_parameters",
     "charges_of",
+    "facts_of",
     "forecast",
+    "open_audit",
     "open_federation",
     "open_ledger",
     "open_site",
@@ -62,22 +66,6 @@ __all__ = [
 IDENTITY_FILE = "identity.key"
 VAULT_FILE = "vault.key"
 LEDGER_FILE = "ledger.sqlite"
-_KEY_BYTES = 32
-
-
-def secret_file(path: Path, entropy: Entropy) -> bytes:
-    """The 32 secret bytes in `path`, made on first use, readable by the owner only.
-
-    Raises StorageError where the file is damaged or others may read it.
-    """
-    if not path.exists():
-        write_durably(path, [entropy.take(_KEY_BYTES)])
-    if path.stat().st_mode & 0o077:
-        raise StorageError(Code.KEY_FILE_OPEN, f"{path}: others than its owner may read this key.")
-    secret = path.read_bytes()
-    if len(secret) != _KEY_BYTES:
-        raise StorageError(Code.KEY_FILE_DAMAGED, f"{path}: not a key file of this software.")
-    return secret
 
 
 @dataclass(frozen=True)
@@ -93,12 +81,17 @@ class SiteSetup:
         keys_digest: what the audit log says of the roster.
         ceilings: the hospital's own limits.
         kill_switch: the file whose presence stops everything.
-        cap: the population's epsilon cap; delta is the study's.
+        trainer: the trainer, ready to work; asked for before every reservation, so that a fault
+            in the records costs no budget.
         split_id: names the fixed division into training and held-out patients.
-        learner: builds the task's learner over the hospital's records, once.
-        device: auto, cpu or cuda.
         entropy: secrets and noise; the operating system's in every real run.
         code_digest: what this installation's code hashes to.
+        approval: what a person here signed for this study; None in a simulation.
+        journal: the study's journal folder; absent: `journal` in `folder`.
+        journals: in a simulation, the group that syncs the records of all hospitals at once.
+        watch: told of every event, beside the audit log.
+        key: this hospital's identity in the study's roster; absent: the folder's own.
+        alone: whether it keeps its audit log in a folder of its own, as a real hospital does.
     """
 
     site: str
@@ -109,11 +102,16 @@ class SiteSetup:
     keys_digest: str
     ceilings: Ceilings
     kill_switch: Path
-    learner: Callable[[], Learner]
+    trainer: Callable[[], Trainer]
     split_id: str
-    device: str
     entropy: Entropy
     code_digest: bytes = bytes(32)
+    approval: Approval | None = None
+    journal: Path | None = None
+    journals: JournalGroup | None = None
+    watch: Evidence | None = None
+    key: SiteKey | None = None
+    alone: bool = False
 
 
 class HospitalWorker:
@@ -122,7 +120,6 @@ class HospitalWorker:
     def __init__(self, setup: SiteSetup, ledger: Ledger | None) -> None:
         self._setup = setup
         self._ledger = ledger
-        self._trainer: Trainer | None = None
         self._reservations: dict[int, Reservation] = {}
         self.final: Chain | None = None
         self.declined: WardroundError | None = None
@@ -141,8 +138,13 @@ class HospitalWorker:
 
     def _work(self, request: Work) -> Worked:
         setup = self._setup
-        approve(_facts(setup), setup.ceilings, stopped=self.stopped())
-        trainer = self._ready_trainer()
+        approve(
+            facts_of(setup.bundle, setup.code_digest),
+            setup.ceilings,
+            stopped=self.stopped(),
+            approval=setup.approval,
+        )
+        trainer = setup.trainer()
         self._reserve(request)
         # Reserved and durable: from here the budget stays charged, whatever happens.
         metrics: NDArray[np.int64] | None = None
@@ -153,28 +155,27 @@ class HospitalWorker:
         if request.measures:
             metrics = trainer.measure(request.state, request.round)
         if request.trains:
-            update = trainer.train(request.state, request.round)
+            update = self._train(trainer, request)
         return Worked(update, metrics, self._witness(), statistics)
+
+    def _train(self, trainer: Trainer, request: Work) -> NDArray[np.float32]:
+        """The update; zeros where a model that the gate is to judge cannot be trained on.
+
+        A poisoned model may send every hospital's training to infinity. If that kept them from
+        answering, the round that rolls it back could not end.
+        """
+        try:
+            return trainer.train(request.state, request.round)
+        except DataError as error:
+            bundle = self._setup.bundle
+            if bundle.study.acceptance is None or error.code is not Code.UPDATE_NOT_FINITE:
+                raise
+            return np.zeros(bundle.layout.size, np.float32)
 
     def _witness(self) -> Witness:
         if self._ledger is None:
             return Witness(0, bytes(32))
         return Witness(self._ledger.counter, self._ledger.head)
-
-    def _ready_trainer(self) -> Trainer:
-        if self._trainer is None:
-            from client.privacy.noise import SecureNoise
-            from client.training import LocalTrainer
-
-            setup = self._setup
-            self._trainer = LocalTrainer(
-                setup.learner(),
-                setup.bundle.layout,
-                _settings(setup.bundle),
-                SecureNoise(setup.entropy),
-                setup.device,
-            )
-        return self._trainer
 
     def _reserve(self, request: Work) -> None:
         if self._ledger is None:
@@ -206,17 +207,6 @@ class HospitalWorker:
         self.final = chain
 
 
-def _settings(bundle: Bundle):  # type: ignore[no-untyped-def]  # noqa: ANN202 - imports torch
-    from client.training import TrainingSettings
-
-    return TrainingSettings.from_study(
-        bundle.study,
-        noise_multiplier=bundle.noise_multiplier,
-        evaluation_noise=bundle.evaluation_noise,
-        statistics_noise=bundle.statistics_noise,
-    )
-
-
 def charges_of(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
     """What a round of a private study does to training patients and to held-out patients."""
     from common.accountant import DpEvent
@@ -239,18 +229,31 @@ def charges_of(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
     return tuple(charges)
 
 
-def _facts(setup: SiteSetup) -> StudyFacts:
-    bundle = setup.bundle
+def facts_of(bundle: Bundle, code_digest: bytes) -> StudyFacts:
+    """What a hospital compares with its ceilings."""
     privacy = bundle.study.privacy
     return StudyFacts(
         study_digest=bundle.digest,
         backbone_digest=bundle.backbone_digest,
-        code_digest=setup.code_digest,
+        code_digest=code_digest,
         parties=len(bundle.study.sites),
         rounds=bundle.study.training.rounds,
         epsilon=privacy.epsilon,
         delta=privacy.delta,
     )
+
+
+@dataclass
+class _Told:
+    """The audit log first; then whoever watches."""
+
+    evidence: Evidence
+    watch: Evidence
+
+    def record(self, event: str, fields: Mapping[str, Value]) -> None:
+        """Pass one event on."""
+        self.evidence.record(event, fields)
+        self.watch.record(event, fields)
 
 
 @dataclass
@@ -308,30 +311,53 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
     Raises StorageError where its files cannot be used, ProtocolError where its journal
     belongs to another study.
     """
-    key = site_key(setup.folder, setup.entropy)
+    key = site_key(setup.folder, setup.entropy) if setup.key is None else setup.key
     vault = Vault(secret_file(setup.folder / VAULT_FILE, setup.entropy), setup.entropy)
-    files = FileJournal(setup.folder / "journal")
-    journal = SealedJournal(files, vault, setup.site)
-    log = AuditLog.open(
+    files, closers = _journal(setup)
+    with ExitStack() as undone:
+        for closer in closers:
+            undone.callback(closer)
+        journal = SealedJournal(files, vault, setup.site)
+        log = open_audit(setup, key)
+        undone.callback(log.close)
+        evidence: Evidence = AuditEvidence(log)
+        if setup.watch is not None:
+            evidence = _Told(evidence, setup.watch)
+        worker = HospitalWorker(setup, ledger)
+        machine = SiteRound(
+            setup.bundle.terms(setup.roster),
+            setup.site,
+            key,
+            setup.entropy,
+            ledger_contains=_contains(ledger),
+            record=journal.load(),
+        )
+        daemon = SiteDaemon(
+            machine, journal=journal, transport=transport, worker=worker, evidence=evidence
+        )
+        undone.pop_all()
+    return Site(setup, daemon, machine, worker, ledger, log, closers)
+
+
+def _journal(setup: SiteSetup) -> tuple[Journal, list[Callable[[], None]]]:
+    """The hospital's journal, and what closes it: its own, or its part of a group."""
+    folder = setup.journal or setup.folder / "journal"
+    if setup.journals is not None:
+        return setup.journals.member(setup.site, folder), []
+    own = FileJournal(folder)
+    return own, [own.close]
+
+
+def open_audit(setup: SiteSetup, key: SiteKey) -> AuditLog:
+    """This hospital's audit log of a run. Raises StorageError."""
+    facts = {"keys": setup.keys_digest, "study": setup.bundle.digest.hex()}
+    return AuditLog.open(
         setup.audit / f"{setup.site}.jsonl",
         owner=setup.site,
         sign=key.sign_bytes,
         clock=unix_seconds,
-        facts={"keys": setup.keys_digest, "study": setup.bundle.digest.hex()},
+        facts={**facts, "kept": ALONE} if setup.alone else facts,
     )
-    worker = HospitalWorker(setup, ledger)
-    machine = SiteRound(
-        setup.bundle.terms(setup.roster),
-        setup.site,
-        key,
-        setup.entropy,
-        ledger_contains=_contains(ledger),
-        record=journal.load(),
-    )
-    daemon = SiteDaemon(
-        machine, journal=journal, transport=transport, worker=worker, evidence=AuditEvidence(log)
-    )
-    return Site(setup, daemon, machine, worker, ledger, log, [files.close])
 
 
 def _contains(ledger: Ledger | None) -> Callable[[int, bytes], bool]:

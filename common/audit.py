@@ -27,6 +27,7 @@ from common.errors import Code, StorageError
 from common.ids import is_site_id
 
 __all__ = [
+    "ALONE",
     "AuditLog",
     "AuditReport",
     "FolderReport",
@@ -49,6 +50,7 @@ FORMAT: Final = "wardround-audit/1"
 GENESIS: Final = "0" * 64
 KEYS_FILE: Final = "keys.json"
 LOG_SUFFIX: Final = ".jsonl"
+ALONE: Final = "alone"
 _RECORD_LABEL: Final = b"wardround/audit/record/1\0"
 _CHECKPOINT_LABEL: Final = b"wardround/audit/checkpoint/1\0"
 _KEYS_LABEL: Final = b"wardround/audit/keys/1\0"
@@ -103,7 +105,7 @@ _FIELD_KIND: Mapping[str, str] = {
     **dict.fromkeys(["rounds", "rounds_completed", "steps"], "count"),
     **dict.fromkeys(["cap", "delta", "epsilon", "noise_multiplier", "sampling_rate"], "number"),
     **dict.fromkeys(["cohort", "dropouts", "present", "survivors"], "sites"),
-    **dict.fromkeys(["format", "kind", "phase", "reason", "software", "verdict"], "word"),
+    **dict.fromkeys(["format", "kept", "kind", "phase", "reason", "software", "verdict"], "word"),
     "code": "code",
     "owner": "site",
     "signature": "signature",
@@ -112,7 +114,7 @@ _FIELD_KIND: Mapping[str, str] = {
 _ROUND = frozenset({"round", "kind"})
 _EVENTS: Mapping[str, frozenset[str]] = {
     "checkpoint": frozenset({"signature"}),
-    "log.opened": frozenset({"format", "owner", "keys", "run", "study", "software"}),
+    "log.opened": frozenset({"format", "owner", "keys", "run", "study", "software", "kept"}),
     "log.reopened": frozenset({"cut_bytes", "software"}),
     "log.closed": frozenset(),
     "study.approved": frozenset({"study", "roster", "model", "epsilon", "delta", "rounds"}),
@@ -137,6 +139,7 @@ _EVENTS: Mapping[str, frozenset[str]] = {
     "round.aborted": _ROUND | {"code", "reason", "phase", "survivors", "dropouts", "quorum"},
     "round.declined": _ROUND | {"code"},
     "round.burned": _ROUND | {"code", "reason", "phase"},
+    "model.rejected": _ROUND | {"model"},
     "site.dropped": _ROUND | {"site", "phase"},
     "site.returned": _ROUND | {"site"},
     "peer.refused": _ROUND | {"site", "code", "phase"},
@@ -389,6 +392,7 @@ class AuditReport:
     rounds: tuple[RoundMark, ...]
     traces: tuple[RoundTrace, ...]
     problems: tuple[Problem, ...]
+    alone: bool = False
 
     @property
     def verified(self) -> bool:
@@ -421,12 +425,14 @@ class FolderReport:
     """What the verification of all logs of a run found.
 
     `keys` is the digest of the table of keys that was used; where the table came from the
-    folder itself, compare it with what another party of the run has.
+    folder itself, compare it with what another party of the run has. `elsewhere` are the parties
+    that keep their own logs: what their logs say was not looked at.
     """
 
     keys: str
     logs: tuple[AuditReport, ...]
     problems: tuple[Problem, ...]
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -451,6 +457,9 @@ class FolderReport:
     def verdict(self) -> str:
         """One line for a person."""
         found = f"{len(self.logs)} logs, {self.entries} records, {self.checkpoints} signatures"
+        if self.complete and self.elsewhere:
+            there = ", ".join(self.elsewhere)
+            return f"audit verified: {found}; not looked at, kept elsewhere: {there}"
         if self.complete:
             return f"audit verified: {found}, all rounds agree"
         altered = sum(problem.severity == "altered" for problem in self.problems)
@@ -467,6 +476,7 @@ class FolderReport:
             "verified": self.verified,
             "complete": self.complete,
             "keys": self.keys,
+            "elsewhere": list(self.elsewhere),
             "entries": self.entries,
             "checkpoints": self.checkpoints,
             "logs": [log.to_json() for log in self.logs],
@@ -493,27 +503,29 @@ def verify(path: Path, public_key: bytes, *, owner: str | None = None) -> AuditR
     return walk.report(torn=bool(data) and not data.endswith(b"\n"))
 
 
-def verify_folder(directory: Path, keys: Mapping[str, bytes] | None = None) -> FolderReport:
+def verify_folder(
+    directory: Path, keys: Mapping[str, bytes] | None = None, *, others: Sequence[Path] = ()
+) -> FolderReport:
     """Verify every log of a run, and that all logs name the same rounds.
+
+    A simulation keeps all logs in one folder, and one that is missing was removed. A real party
+    keeps its own, and its log says so in its signed first record (`kept: alone`); the folders
+    of other parties may be given, too.
 
     Args:
         directory: the run's folder (then its `audit` folder is used), or the audit folder.
+        others: the same of other parties.
         keys: public keys by owner, from a place you trust; by default the folder's own
             `keys.json`, whose digest every log has signed.
 
     Raises:
         StorageError: there is no log, or the keys cannot be read.
     """
-    folder = directory / "audit" if (directory / "audit").is_dir() else directory
-    paths = sorted(folder.glob(f"*{LOG_SUFFIX}"))
-    if not paths:
-        raise StorageError(Code.AUDIT_MISSING, f"There is no audit log in {folder}.")
+    folder = _audit_folder(directory)
+    paths = [path for place in (folder, *map(_audit_folder, others)) for path in _logs_in(place)]
     known = _read_keys(folder / KEYS_FILE) if keys is None else dict(keys)
     digest = keys_digest(known)
-    problems = [
-        Problem(name, 0, "altered", "the log of this party is missing")
-        for name in sorted(set(known) - {path.name.removesuffix(LOG_SUFFIX) for path in paths})
-    ]
+    problems: list[Problem] = []
     logs: list[AuditReport] = []
     for path in paths:
         name = path.name.removesuffix(LOG_SUFFIX)
@@ -527,13 +539,32 @@ def verify_folder(directory: Path, keys: Mapping[str, bytes] | None = None) -> F
             problems.append(
                 Problem(name, 0, "altered", "the log was begun with other keys than these")
             )
+    absent = sorted(set(known) - {path.name.removesuffix(LOG_SUFFIX) for path in paths})
+    alone = bool(logs) and all(log.alone for log in logs)
+    if not alone:
+        problems = [
+            *(Problem(n, 0, "altered", "the log of this party is missing") for n in absent),
+            *problems,
+        ]
     problems.extend(_disagreements(logs))
-    return FolderReport(digest, tuple(logs), tuple(problems))
+    return FolderReport(digest, tuple(logs), tuple(problems), tuple(absent) if alone else ())
 
 
-def run_audit_verify(directory: Path) -> FolderReport:
-    """What `wardround audit verify DIR` does; see `verify_folder`."""
-    return verify_folder(directory)
+def _audit_folder(directory: Path) -> Path:
+    inner = directory / "audit"
+    return inner if inner.is_dir() else directory
+
+
+def _logs_in(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob(f"*{LOG_SUFFIX}"))
+    if not paths:
+        raise StorageError(Code.AUDIT_MISSING, f"There is no audit log in {folder}.")
+    return paths
+
+
+def run_audit_verify(directory: Path, others: Sequence[Path] = ()) -> FolderReport:
+    """What `wardround audit verify DIR [DIR ...]` does; see `verify_folder`."""
+    return verify_folder(directory, others=others)
 
 
 def keys_digest(keys: Mapping[str, bytes]) -> str:
@@ -583,6 +614,7 @@ class _Walk:
     rounds: list[RoundMark] = field(default_factory=list)
     traces: list[RoundTrace] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    alone: bool = False
 
     def step(self, line: bytes) -> None:
         """Check the next line of the file."""
@@ -622,6 +654,7 @@ class _Walk:
             if place != 0 or fields.get("owner") != self.owner:
                 self._blame(place, "it opens another log than this one")
             self.keys = fields.get("keys")
+            self.alone = fields.get("kept") == ALONE
         elif event == "round.completed":
             self.rounds.append(_round_mark(place, fields))
         elif event in _PART:
@@ -665,6 +698,7 @@ class _Walk:
             rounds=tuple(self.rounds),
             traces=tuple(self.traces),
             problems=tuple(self.problems),
+            alone=self.alone,
         )
 
     def _blame(self, place: int, message: str, severity: Severity = "altered") -> None:
@@ -797,8 +831,9 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 def _record(at: int, event: str, fields: Fields, index: int, prev: str) -> tuple[str, bytes]:
     """A record's hash, and its line: the hashed body with the hash in its place, encoded once."""
-    before = _canonical({"at": at, "event": event, "fields": dict(fields)})[:-1]
-    after = _canonical({"index": index, "prev": prev})[1:]
+    # Only the fields need the encoder: the rest are numbers, a word and hex digits.
+    before = b'{"at":%d,"event":"%b","fields":%b' % (at, event.encode(), _canonical(dict(fields)))
+    after = b'"index":%d,"prev":"%b"}' % (index, prev.encode())
     digest = hashlib.sha256(b"".join((_RECORD_LABEL, before, b",", after))).hexdigest()
     return digest, b'%b,"hash":"%b",%b\n' % (before, digest.encode(), after)
 

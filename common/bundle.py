@@ -19,8 +19,9 @@ from common.config import load
 from common.crypto import labels
 from common.crypto.digest import digest
 from common.errors import Code, StorageError
+from common.gate import Gate
 from common.metrics import metric_length
-from common.plan import Plan, plan
+from common.plan import CostModel, Plan, plan
 from common.ports import Tensors
 from common.protocol.terms import Terms
 from common.secagg.quantise import limit
@@ -113,6 +114,12 @@ class Bundle:
         noise = self.statistics_noise or 0.0
         statistics = StatisticsLayout(features, noise) if features else None
         counted: Tensors = {} if statistics is None else statistics.initial()
+        ordered = tuple(exponents[spec.name] for spec in layout.specs)
+        initial: Tensors = {**optimizer.initial(self.initial), **counted}
+        gate = None
+        if study.acceptance is not None:
+            gate = Gate(study.acceptance.tolerance, len(study.task.labels))
+            initial = gate.initial(initial, ordered)
         return Terms(
             study=self.digest,
             roster=dict(roster),
@@ -121,8 +128,8 @@ class Bundle:
             layout=layout,
             ring_bits=bits,
             metric_words=metric_length(len(study.task.labels)),
-            initial={**optimizer.initial(self.initial), **counted},
-            exponents=tuple(exponents[spec.name] for spec in layout.specs),
+            initial=initial,
+            exponents=ordered,
             optimizer=optimizer,
             turns=study.training.rounds,
             evaluate_every=study.evaluation.every,
@@ -131,11 +138,14 @@ class Bundle:
             burns_tolerated=spare,
             statistic_words=0 if statistics is None else statistics.words,
             statistics=statistics,
+            gate=gate,
         )
 
-    def plan(self, patients: Mapping[str, int] | None = None) -> Plan:
+    def plan(
+        self, patients: Mapping[str, int] | None = None, *, cost: CostModel | None = None
+    ) -> Plan:
         """What this bundle will do."""
-        return plan(self.study, self.layout.size, patients=patients)
+        return plan(self.study, self.layout.size, patients=patients, cost=cost)
 
     def save(self, folder: Path) -> None:
         """Write the bundle. Raises StorageError."""

@@ -1,4 +1,4 @@
-"""The verbs `check` (is this file right?) and `errors` (what does this code mean?)."""
+"""The verbs that both sides have: `check`, `errors` and `audit verify`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from common.cli import EXIT_STATUS, Command, CommandError, emit_json, say, warn
@@ -32,12 +33,16 @@ BLOCKS: Final[Mapping[str, str]] = {
     "21": "Models and tasks",
     "30": "Privacy and ledger",
     "31": "Approval and ceilings",
+    "32": "Enrolment",
     "40": "Cryptography and encoding",
     "41": "Handshake",
     "42": "Rounds",
     "50": "Aborted rounds and runs",
     "60": "Storage",
     "70": "Command line and output",
+    "80": "A coordinator's run",
+    "81": "A hospital's link",
+    "82": "A coordinator's listeners",
 }
 
 
@@ -274,9 +279,33 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+# --------------------------------------------------------------------------- audit verify
+
+
+def _configure_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a run's output folder, or its audit folder")
+    parser.add_argument(
+        "others", type=Path, nargs="*", help="the same of other parties, to compare with"
+    )
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from common.audit import run_audit_verify
+
+    report = run_audit_verify(arguments.folder, arguments.others)
+    if arguments.json:
+        emit_json(report.to_json())
+    else:
+        for problem in report.problems:
+            say(str(problem))
+        say(report.verdict())
+    return 0 if report.verified else 1
+
+
 COMMANDS: Final = [
     Command(
         "check", "say whether a file is right, and every line that is not", _configure_check, _check
     ),
+    Command("audit verify", "check a run's audit logs", _configure_audit, _audit),
     Command("errors", "explain an error code, or list them all", _configure_errors, _errors),
 ]

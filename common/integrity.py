@@ -21,9 +21,11 @@ from importlib.metadata import Distribution, PackagePath, distributions
 from pathlib import Path
 from typing import Final, Literal
 
+from common.crypto import labels
+from common.crypto.digest import digest
 from common.errors import Code, RefusedError
 
-__all__ = ["DISTRIBUTION", "Integrity", "verify"]
+__all__ = ["DISTRIBUTION", "Integrity", "code_digest", "verify"]
 
 DISTRIBUTION: Final = "wardround"
 _EXECUTABLE: Final = {".py", ".pyc", ".so", ".pyd", ".pth"}
@@ -64,6 +66,35 @@ def verify(packages: Sequence[str], *, search: Sequence[str] | None = None) -> I
         _found_first(package, home, search)
         checked += _compare(ours, package, home)
     return Integrity("verified", checked, ours.version)
+
+
+def code_digest(packages: Sequence[str], *, search: Sequence[str] | None = None) -> bytes:
+    """What the program hashes to: names and contents of every file that may run.
+
+    A wheel and a checkout of one release have the same digest, wherever they lie: it is what a
+    hospital approves, and what it compares before it trains. Compiled copies are not read.
+
+    Args:
+        packages: `common` and the role's own.
+        search: where to look instead of `sys.path`; for tests.
+
+    Raises:
+        RefusedError: CODE_ALTERED, where a package or a file of it cannot be read.
+    """
+    found: dict[str, bytes] = {}
+    for package in packages:
+        spec = PathFinder.find_spec(package, None if search is None else list(search))
+        if spec is None or spec.origin is None:
+            raise RefusedError(Code.CODE_ALTERED, f"The package {package} is not installed.")
+        home = Path(spec.origin).parent
+        for path in _executables(home):
+            name = f"{package}/{path.relative_to(home).as_posix()}"
+            try:
+                found[name] = hashlib.sha256(path.read_bytes()).digest()
+            except OSError:
+                message = f"The file {name!a} cannot be read."
+                raise RefusedError(Code.CODE_ALTERED, message) from None
+    return digest(labels.CODE, found)
 
 
 def _is_ours(distribution: Distribution) -> bool:

@@ -165,9 +165,14 @@ class Plan:
         return {**asdict(self), "seconds_per_round": self.seconds_per_round}
 
 
-def evaluation_rounds(rounds: int, every: int) -> tuple[int, ...]:
-    """The rounds after which the model is measured: every `every`-th, and always the last."""
-    return tuple(r for r in range(1, rounds + 1) if r % every == 0 or r == rounds)
+def evaluation_rounds(study: Study) -> tuple[int, ...]:
+    """The rounds after which the model is measured: every `every`-th, and always the last.
+
+    Round 0 is the initial model: with an acceptance gate the first round is compared with it.
+    """
+    rounds, every = study.training.rounds, study.evaluation.every
+    first = (0,) if study.acceptance is not None else ()
+    return first + tuple(r for r in range(1, rounds + 1) if r % every == 0 or r == rounds)
 
 
 def message_bytes(parties: int) -> tuple[int, int]:
@@ -342,7 +347,7 @@ def _statistics(study: Study, parties: int) -> StatisticsPlan | None:
 
 def _evaluation(study: Study, parties: int, patients: Mapping[str, int]) -> EvaluationPlan:
     privacy = study.privacy
-    rounds = evaluation_rounds(study.training.rounds, study.evaluation.every)
+    rounds = evaluation_rounds(study)
     labels = len(study.task.labels)
     if privacy.mode == "none" or privacy.delta is None:
         return EvaluationPlan(rounds, metric_length(labels), None, None, None, None)
@@ -424,7 +429,25 @@ def _warnings(
             f"measured accuracy carries noise of about ±{evaluation.accuracy_noise:.2f}: "
             "measure less often (evaluation.every)"
         )
+    found.extend(_gate_warnings(study, evaluation))
     return found
+
+
+# The bar is the best of many noised scores: of 100 of them about 2.5 deviations too high.
+_GATE_NOISES = 5
+
+
+def _gate_warnings(study: Study, evaluation: EvaluationPlan) -> list[str]:
+    noise = evaluation.accuracy_noise
+    if study.acceptance is None or noise is None:
+        return []
+    if study.acceptance.tolerance >= _GATE_NOISES * noise:
+        return []
+    message = (
+        f"acceptance.tolerance {study.acceptance.tolerance:g} is less than five times the noise "
+        f"of a measured accuracy (±{noise:.3f}): good models will be rolled back by chance"
+    )
+    return [message]
 
 
 def _privacy_warnings(training: TrainingPlan, patients: Mapping[str, int]) -> list[str]:

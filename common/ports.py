@@ -44,7 +44,9 @@ class Journal(Protocol):
 
     Guarantee: when `store` or a durable `put_blob` returns, a crash or a power cut at any later
     moment leaves exactly that record or blob; one before it returns leaves the old or the new
-    one. A blob that is not durable survives the process, but perhaps not a power cut.
+    one. A record of a grouped journal is durable once its group has settled, which comes before
+    anything that was sent is delivered. A blob that is not durable survives the process, but
+    perhaps not a power cut.
     """
 
     def load(self) -> bytes | None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import AbortedRound, Code
+from common.gate import standing
 from common.ports import Tensors
 
 __all__ = [
@@ -189,8 +190,12 @@ class ServerOptimizer:
 
 
 def model_tensors(state: Tensors) -> dict[str, Array]:
-    """The model's own tensors of a state, without the optimiser's slots."""
-    return {name: value for name, value in state.items() if not name.startswith(_SLOT_PREFIX)}
+    """The model that a state leaves to the world: without the optimiser's slots.
+
+    Where an acceptance gate watches, it is the last accepted one.
+    """
+    kept = standing(state)
+    return {name: value for name, value in kept.items() if not name.startswith(_SLOT_PREFIX)}
 
 
 def mean_update(

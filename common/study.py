@@ -108,6 +108,9 @@ class DiagnosisTask(Frozen):
         64, ge=1, le=8191, description="tokens from one window to the next; with long_notes: window"
     )
     max_windows: int = Field(4, ge=1, le=64, description="windows of one note that are kept")
+    max_notes: int = Field(
+        64, ge=1, le=4096, description="notes of a patient that are read: the first, in file order"
+    )
     stop_words: Literal["none", "english"] = Field("none", description="words removed before")
     stemming: Literal["none", "english"] = Field("none", description="stemmer applied before")
 
@@ -349,6 +352,17 @@ class Evaluation(Frozen):
     loss_cap: float = Field(8.0, gt=0, le=64, description="nats at which one loss is cut")
 
 
+class Acceptance(Frozen):
+    """When a round's model is rolled back; every hospital judges alike, from the masked sums."""
+
+    tolerance: float = Field(
+        ge=0,
+        lt=1,
+        description="accuracy, in [0, 1], that a model may lose against the best accepted one; "
+        "at least five times the released accuracy's noise (`wardround plan` says it)",
+    )
+
+
 class Site(Frozen):
     """One hospital of the study."""
 
@@ -471,6 +485,9 @@ class Study(Frozen):
     aggregation: Aggregation = Field(Aggregation(), description="how updates become a model")
     privacy: Privacy = Field(description="what a patient is promised")
     evaluation: Evaluation = Field(Evaluation(), description="how the model is measured")
+    acceptance: Acceptance | None = Field(
+        None, description="roll back a model that got worse; absent: every model is accepted"
+    )
     sites: Annotated[Listed[Site], Field(max_length=MAX_SITES)] = Field(
         (), description="every hospital; may be absent where `simulation` makes them"
     )
@@ -485,6 +502,11 @@ class Study(Frozen):
             self.evaluation.every <= self.training.rounds,
             "evaluation.every",
             f"is more than training.rounds ({self.training.rounds}): nothing would be measured",
+        )
+        rules.require(
+            self.acceptance is None or self.evaluation.every == 1,
+            "evaluation.every",
+            "must be 1 with a section acceptance: every model is judged",
         )
         half = self.model is not None and self.model.precision == "bfloat16"
         rules.require(

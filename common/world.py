@@ -13,13 +13,22 @@ import hmac
 import os
 import struct
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.crypto.seal import Vault
 from common.errors import Code, StorageError
 from common.ports import Journal
+
+
+class SystemClock:
+    """The clock of a deployment: seconds that never go back, whatever the wall clock does."""
+
+    def now(self) -> float:
+        """Seconds since an arbitrary start."""
+        return time.monotonic()
 
 
 class SkippingClock:
@@ -128,133 +137,328 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(Code.JOURNAL_WRITE, f"{path}: cannot be written ({error.strerror}).")
 
 
-class FileJournal:
-    """A journal in a folder: one record file with two slots, and one file per blob.
+@dataclass(slots=True)
+class _Area:
+    """One owner's two slots: which holds the newest record, and how much of each is not zero."""
+
+    owner: bytes
+    slot: int = 0
+    sequence: int = 0
+    record: bytes | None = None
+    used: list[int] = field(default_factory=lambda: [0, 0])
+    unsynced: bool = False
+
+
+class _Records:
+    """A file with the last record of every owner, in two slots each.
 
     A record is written into the slot that does not hold the last one, synced, and only then is
-    the other slot wiped. So a torn write leaves the last record, one sync makes a record
-    durable, the file stays bounded, and after a round closes no file in the folder holds its
-    keys or shares.
+    the other slot wiped. So a torn write leaves the last record, one sync makes the records of
+    all owners durable, the file stays bounded, and what a record no longer holds is erased.
+    Every method raises StorageError; after one of them nobody knows what the disk holds, and
+    the file is not used again before it is opened again.
     """
 
     _MAGIC = b"WRJ1"
     _HEAD = struct.Struct(">4sQQ32s")
     _LEAST_SLOT = 4096
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / "record"
-        make_folder(folder, mode=0o700)
+    def __init__(self, path: Path, owners: Sequence[bytes]) -> None:
+        self._path = path
+        self._areas = [_Area(owner) for owner in owners]
+        self._size = 0
+        self._broken = False
         try:
-            self._lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
-            self._record = os.open(self._path, os.O_RDWR) if self._path.exists() else -1
+            self._handle = os.open(path, os.O_RDWR) if path.exists() else -1
         except OSError as error:
-            raise _unwritable(folder, error) from None
+            raise _unwritable(path, error) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if self._handle >= 0:
+                self._scan(path.read_bytes())
+                # A killed process may have left its last records unsynced; the slots beside
+                # them are free to be overwritten only once they are durable.
+                os.fdatasync(self._handle)
+        except OSError as error:
             self.close()
-            raise StorageError(
-                Code.FOLDER_IN_USE, f"{folder}: in use by another process."
-            ) from None
-        self._sequence, self._slot, self._size, self._last = self._scan()
+            raise _unwritable(path, error) from None
+        except StorageError:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Release the folder; again is harmless."""
-        for handle in (self._lock, self._record):
-            if handle >= 0:
-                os.close(handle)
-        self._lock = self._record = -1
+        """Close the file; again is harmless."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
 
-    def _scan(self) -> tuple[int, int, int, bytes | None]:
-        """(sequence, slot, slot size, record) of the newest whole record.
+    def last(self, index: int) -> bytes | None:
+        """The last record of an owner, or None."""
+        return self._areas[index].record
+
+    def _scan(self, content: bytes) -> None:
+        """Find the newest whole record of every owner.
 
         The file appears whole, by a rename, and a slot is wiped only after the other was synced:
-        a file without a whole record is damage, never an accident that may be forgotten.
+        an owner without a whole record is damage, never an accident that may be forgotten.
         """
-        if self._record < 0:
-            return 0, 0, 0, None
-        content = self._path.read_bytes()
-        size = len(content) // 2
-        entries = [self._whole(content[slot * size : (slot + 1) * size]) for slot in (0, 1)]
-        found = [(*entry, slot) for slot, entry in enumerate(entries) if entry is not None]
-        if not found:
-            raise StorageError(Code.JOURNAL_DAMAGED, f"{self._path}: the record is damaged.")
-        sequence, record, slot = max(found)
-        return sequence, slot, size, record
+        self._size = size = len(content) // (2 * len(self._areas))
+        for index, area in enumerate(self._areas):
+            start = self._place(index, 0)
+            slots = (content[start : start + size], content[start + size : start + 2 * size])
+            found = [
+                (*entry, slot)
+                for slot, part in enumerate(slots)
+                if (entry := self._whole(area.owner, part)) is not None
+            ]
+            if not found:
+                raise StorageError(Code.JOURNAL_DAMAGED, f"{self._path}: the record is damaged.")
+            area.sequence, record, area.slot = max(found)
+            area.record = record if area.sequence else None
+            area.used = [size if any(part) else 0 for part in slots]
 
-    def _whole(self, content: bytes) -> tuple[int, bytes] | None:
+    def _place(self, index: int, slot: int) -> int:
+        return (2 * index + slot) * self._size
+
+    def _entry(self, owner: bytes, sequence: int, record: bytes) -> bytes:
+        check = hashlib.sha256(owner + sequence.to_bytes(8, "big") + record).digest()
+        return self._HEAD.pack(self._MAGIC, sequence, len(record), check) + record
+
+    def _whole(self, owner: bytes, content: bytes) -> tuple[int, bytes] | None:
         if len(content) < self._HEAD.size:
             return None
         magic, sequence, length, check = self._HEAD.unpack_from(content)
         body = content[self._HEAD.size : self._HEAD.size + length]
-        told = sequence.to_bytes(8, "big") + body
+        told = owner + sequence.to_bytes(8, "big") + body
         if magic != self._MAGIC or hashlib.sha256(told).digest() != check:
             return None
         return sequence, body
 
-    def load(self) -> bytes | None:
-        """The last record. A damaged file is refused when the journal is opened."""
-        return self._last
-
-    def store(self, record: bytes) -> None:
-        """Make `record` the last durable record."""
-        sequence = self._sequence + 1
-        check = hashlib.sha256(sequence.to_bytes(8, "big") + record).digest()
-        entry = self._HEAD.pack(self._MAGIC, sequence, len(record), check) + record
-        try:
+    def put(self, index: int, record: bytes) -> None:
+        """Write an owner's next record: it survives the process, and after `sync` a power cut."""
+        area = self._areas[index]
+        if area.unsynced:
+            self.sync()  # the other slot holds the only durable record
+        entry = self._entry(area.owner, area.sequence + 1, record)
+        with self._writing():
             if len(entry) > self._size:
-                self._grow(entry)
+                self._grow(index, entry)
                 slot = 0
             else:
-                slot = 1 - self._slot
-                self._put(slot * self._size, entry.ljust(self._size, b"\0"))
-                os.fdatasync(self._record)
-                # Synced: the old record, with its keys and shares, may go now and not before.
-                self._put(self._slot * self._size, bytes(self._size))
+                slot = 1 - area.slot
+                self._put(self._place(index, slot), entry.ljust(area.used[slot], b"\0"))
+                area.used[slot] = len(entry)
+                area.unsynced = True
+        area.sequence, area.slot, area.record = area.sequence + 1, slot, record
+
+    def sync(self) -> None:
+        """Make every record durable, then wipe those that they replace."""
+        fresh = [(index, area) for index, area in enumerate(self._areas) if area.unsynced]
+        if not fresh:
+            return
+        with self._writing():
+            os.fdatasync(self._handle)
+            # Synced: the old records, with their keys and shares, may go now and not before.
+            for index, area in fresh:
+                old = 1 - area.slot
+                self._put(self._place(index, old), bytes(area.used[old]))
+                area.used[old] = 0
+                area.unsynced = False
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._broken:
+            raise StorageError(Code.JOURNAL_WRITE, f"{self._path}: a write failed before.")
+        try:
+            yield
         except OSError as error:
+            self._broken = True
             raise _unwritable(self._path, error) from None
-        self._sequence, self._slot, self._last = sequence, slot, record
 
     def _put(self, at: int, data: bytes) -> None:
         view = memoryview(data)
         while view.nbytes:
-            written = os.pwrite(self._record, view, at)
+            written = os.pwrite(self._handle, view, at)
             view, at = view[written:], at + written
 
-    def _grow(self, entry: bytes) -> None:
-        """Replace the file by one with larger slots, the new record in the first."""
+    def _grow(self, index: int, entry: bytes) -> None:
+        """Replace the file by one with larger slots, every owner's record in the first."""
+        entries = [
+            entry if at == index else self._entry(area.owner, area.sequence, area.record or b"")
+            for at, area in enumerate(self._areas)
+        ]
         size = max(self._LEAST_SLOT, 1 << (2 * len(entry) - 1).bit_length())
-        temporary = self._path.with_name("record.part")
+        temporary = self._path.with_name(self._path.name + ".part")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            _write_all(handle, memoryview(entry.ljust(2 * size, b"\0")))
+            for part in entries:
+                _write_all(handle, memoryview(part.ljust(2 * size, b"\0")))
             os.fsync(handle)
             temporary.replace(self._path)
-            _sync_folder(self._folder)
+            _sync_folder(self._path.parent)
         except OSError:
             os.close(handle)
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        if self._record >= 0:
-            os.close(self._record)
-        self._record, self._size = handle, size
+        self.close()
+        self._handle, self._size = handle, size
+        for area, part in zip(self._areas, entries, strict=True):
+            area.slot, area.used, area.unsynced = 0, [len(part), 0], False
+
+
+class _Blobs:
+    """Named blobs in a folder, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _blob(self, name: str) -> Path:
+        return self._folder / f"blob-{name}"
 
     def put_blob(
         self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Write a blob."""
-        write_durably(self._folder / f"blob-{name}", parts, durable=durable)
+        write_durably(self._blob(name), parts, durable=durable)
 
     def get_blob(self, name: str) -> bytes | None:
         """A blob's content, or None."""
-        path = self._folder / f"blob-{name}"
+        path = self._blob(name)
         return path.read_bytes() if path.exists() else None
 
     def drop_blob(self, name: str) -> None:
         """Remove a blob."""
-        (self._folder / f"blob-{name}").unlink(missing_ok=True)
+        self._blob(name).unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> int:
+    """The handle of a folder that is this process's alone, made where it is absent."""
+    make_folder(folder, mode=0o700)
+    try:
+        lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise StorageError(Code.FOLDER_IN_USE, f"{folder}: in use by another process.") from None
+    return lock
+
+
+class FileJournal(_Blobs):
+    """A journal in a folder: one file for the record, and one for each blob.
+
+    Guarantee: a torn write leaves the last record, and after a round closes no file in the
+    folder holds its keys or shares.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._lock = _locked(folder)
+        try:
+            self._records = _Records(folder / "record", [b""])
+        except StorageError:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Release the folder; again is harmless."""
+        self._records.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def load(self) -> bytes | None:
+        """The last record. A damaged file is refused when the journal is opened."""
+        return self._records.last(0)
+
+    def store(self, record: bytes) -> None:
+        """Make `record` the last durable record."""
+        self._records.put(0, record)
+        self._records.sync()
+
+
+class JournalGroup:
+    """The journals of several parties of one process, made durable by one sync: a simulation's.
+
+    Args:
+        folder: where the file with all last records lies.
+        parties: everybody who may have a journal here, the same at every opening.
+
+    Guarantee: a record that a member stored survives the process at once, and a power cut
+    after `settle`; a blob is dropped only once the records stored before are settled. Who
+    carries the members' messages settles before any of them is delivered: then nobody has
+    seen what a power cut takes back.
+    """
+
+    def __init__(self, folder: Path, parties: Sequence[str]) -> None:
+        self._places = {party: index for index, party in enumerate(sorted(parties))}
+        self._lock = _locked(folder)
+        try:
+            self._records = _Records(folder / "records", [party.encode() for party in self._places])
+        except StorageError:
+            os.close(self._lock)
+            raise
+        self.dropped: set[Path] = set()
+
+    def member(self, party: str, folder: Path) -> GroupedJournal:
+        """The journal of one party; its blobs lie in `folder`."""
+        make_folder(folder, mode=0o700)
+        return GroupedJournal(self, self._records, self._places[party], folder)
+
+    def settle(self) -> None:
+        """Make every stored record durable, then drop the blobs that are to go.
+
+        Raises StorageError; the group is not used again before it is opened again.
+        """
+        self._records.sync()
+        while self.dropped:
+            self.dropped.pop().unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Settle and release the folder; again is harmless."""
+        with suppress(StorageError):  # nobody has seen what is not settled
+            self.settle()
+        self._records.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+
+class GroupedJournal(_Blobs):
+    """One party's journal in a `JournalGroup`: durable when the group has settled."""
+
+    def __init__(self, group: JournalGroup, records: _Records, place: int, folder: Path) -> None:
+        super().__init__(folder)
+        self._group = group
+        self._records = records
+        self._place = place
+
+    def load(self) -> bytes | None:
+        """The last record. A damaged file is refused when the group is opened."""
+        return self._records.last(self._place)
+
+    def store(self, record: bytes) -> None:
+        """Make `record` the last record: now for this process, durable when the group settles."""
+        self._records.put(self._place, record)
+
+    def put_blob(
+        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+    ) -> None:
+        """Write a blob; a durable one after everything stored before it."""
+        if durable:
+            self._group.settle()
+        self._group.dropped.discard(self._blob(name))
+        super().put_blob(name, parts, durable=durable)
+
+    def get_blob(self, name: str) -> bytes | None:
+        """A blob's content, or None."""
+        return None if self._blob(name) in self._group.dropped else super().get_blob(name)
+
+    def drop_blob(self, name: str) -> None:
+        """Remove a blob, once the group has settled."""
+        self._group.dropped.add(self._blob(name))
 
 
 class MemoryJournal:

@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import Command, emit_json, say, table, warn
+from common.cli import Command, CommandError, emit_json, say, table, warn
+from common.errors import Code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from common.plan import CostModel
     from server.report import Conclusion
+    from server.simulate import Engine
     from server.table import RunView
 
 DEFAULT_OUT = "wardround-out"
+_BYTES_PER_MEGABIT = 125_000
 
 
 def _out_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +67,12 @@ def _configure_simulate(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not also train every hospital alone, for the comparison",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("process", "ray"),
+        default="process",
+        help="where the hospitals run: all in this process, or each as an actor on Ray",
+    )
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
@@ -70,6 +80,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from common.study import Study
 
     study = load(arguments.study, Study)
+    engine = _engine(arguments.device) if arguments.engine == "ray" else None
     arguments.out = _free_folder(arguments.out, DEFAULT_OUT)
     from server.folder import Paths, require_room
 
@@ -85,8 +96,16 @@ def _simulate(arguments: argparse.Namespace) -> int:
             view=view,
             device=arguments.device,
             compare=arguments.compare,
+            engine=engine,
         ),
     )
+
+
+def _engine(device: str) -> Engine:
+    """Ray, where it is installed; looked at before anything is read."""
+    from server.ray import on_ray
+
+    return on_ray(device)
 
 
 def _configure_resume(parser: argparse.ArgumentParser) -> None:
@@ -100,12 +119,13 @@ def _resume(arguments: argparse.Namespace) -> int:
     study = study_of(arguments.folder)
     if Paths(arguments.folder).conclusion.exists():
         return _again(arguments)
+    engine = _engine(arguments.device) if Paths(arguments.folder).on_ray.exists() else None
     from server.simulate import resume
 
     return _shown(
         arguments,
         _view(arguments, f"resumed: {study.name}", study.training.rounds),
-        lambda view: resume(arguments.folder, view=view, device=arguments.device),
+        lambda view: resume(arguments.folder, view=view, device=arguments.device, engine=engine),
     )
 
 
@@ -188,6 +208,19 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameters", type=int, default=None, help="trainable parameters, where no bundle is"
     )
+    parser.add_argument(
+        "--megabits", type=float, default=None, help="a hospital's line, for the seconds of a round"
+    )
+
+
+def _cost(arguments: argparse.Namespace) -> CostModel:
+    from common.plan import CostModel
+
+    if arguments.megabits is None:
+        return CostModel()
+    if not arguments.megabits > 0:
+        raise CommandError(Code.USAGE, "wardround plan: --megabits must be more than 0.")
+    return CostModel(link_bytes=arguments.megabits * _BYTES_PER_MEGABIT)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -195,8 +228,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         from common.bundle import Bundle
         from common.plan import render
 
-        planned = Bundle.load(arguments.study).plan()
-        following = "give the bundle to every hospital, to review and approve"
+        planned = Bundle.load(arguments.study).plan(cost=_cost(arguments))
+        following = f"the coordinator publishes it: wardround server publish {arguments.study}"
     else:
         from common.config import load
         from common.study import Study
@@ -211,7 +244,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             study, parameters, patients = preview(study, arguments.study, parameters)
         from common.plan import plan, render
 
-        planned = plan(study, parameters, patients=patients)
+        planned = plan(study, parameters, patients=patients, cost=_cost(arguments))
         verb = "simulate" if simulated else "study build"
         following = f"wardround {verb} {arguments.study}"
     if arguments.json:
@@ -220,27 +253,6 @@ def _plan(arguments: argparse.Namespace) -> int:
         say(render(planned))
         say(f"next: {following}")
     return 0
-
-
-# ---------------------------------------------------------------- audit verify
-
-
-def _configure_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="a run's output folder, or its audit folder")
-
-
-def _audit(arguments: argparse.Namespace) -> int:
-    from common.audit import run_audit_verify
-
-    inner = arguments.folder / "audit"
-    report = run_audit_verify(inner if inner.is_dir() else arguments.folder)
-    if arguments.json:
-        emit_json(report.to_json())
-    else:
-        for problem in report.problems:
-            say(str(problem))
-        say(report.verdict())
-    return 0 if report.verified else 1
 
 
 COMMANDS = [
@@ -260,5 +272,4 @@ COMMANDS = [
     ),
     Command("resume", "go on with an interrupted run", _configure_resume, _resume, _resume_line),
     Command("plan", "what a study will do and cost, before anything runs", _configure_plan, _plan),
-    Command("audit verify", "check a run's audit logs", _configure_audit, _audit),
 ]

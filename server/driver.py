@@ -10,14 +10,10 @@ from common.evidence import Evidence
 from common.ports import Clock, Journal, Transport
 from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.transcript import Chain
-from server.round import (
-    Aborted,
-    Completed,
-    CoordinatorRound,
-    Effect,
-    RunOver,
-    SendTo,
-)
+from common.study import Study
+from server.round.effects import Aborted, Completed, Effect, RunOver, SendTo
+from server.round.machine import CoordinatorRound
+from server.round.state import Deadlines
 
 
 class Observer(Protocol):
@@ -98,3 +94,15 @@ class CoordinatorDriver:
                     self._observer.aborted(effect)
                 case RunOver():
                     self._observer.over(effect.chain)
+
+
+def deadlines_of(study: Study) -> Deadlines:
+    """How long the coordinator waits in each phase, by the signed study."""
+    limits = study.deadlines
+    return Deadlines(
+        handshake=limits.handshake_s,
+        train=limits.train_s,
+        upload=limits.upload_s,
+        agree=limits.agree_s,
+        unmask=limits.unmask_s,
+    )

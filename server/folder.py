@@ -37,6 +37,11 @@ class Paths:
         return self.root / "state"
 
     @property
+    def on_ray(self) -> Path:
+        """There where the hospitals of the run live on Ray; a resume goes on there."""
+        return self.state / "on-ray"
+
+    @property
     def bundle(self) -> Path:
         """The study bundle."""
         return self.state / "bundle"

@@ -30,6 +30,7 @@ class History:
         self._path = path
         self._rounds: dict[int, RoundResult] = {}
         self._metrics: dict[int, Metrics] = {}
+        self._rejected: set[int] = set()
         try:
             self._load()
         except OSError as error:
@@ -39,7 +40,11 @@ class History:
     def rounds(self) -> tuple[RoundResult, ...]:
         """Every round in order, each with the metrics of the model it made."""
         return tuple(
-            replace(entry, metrics=self._metrics.get(entry.turn))
+            replace(
+                entry,
+                metrics=self._metrics.get(entry.turn),
+                rejected=entry.turn in self._rejected,
+            )
             if entry.kind == "train" and entry.code is None
             else entry
             for _, entry in sorted(self._rounds.items())
@@ -54,14 +59,22 @@ class History:
         self._append({"round": asdict(entry)})
         self._rounds[entry.round] = entry
 
-    def measured(self, turn: int, metrics: Metrics) -> None:
-        """Keep what the model after training round `turn` measured."""
+    def measured(self, turn: int, metrics: Metrics, *, rejected: bool = False) -> None:
+        """Keep what the model after training round `turn` measured, and what the gate said."""
         if turn not in self._metrics:
-            self._append({"measured": {"turn": turn, "metrics": asdict(metrics)}})
+            told = {"turn": turn, "metrics": asdict(metrics), "rejected": rejected}
+            self._append({"measured": told})
             self._metrics[turn] = metrics
+            if rejected:
+                self._rejected.add(turn)
 
     def of_model(self, turn: int) -> Metrics | None:
-        """The metrics of the model after training round `turn`."""
+        """The metrics of the model that stood after training round `turn`.
+
+        Where the gate rolled back to an earlier one: that one's. None where nobody measured it.
+        """
+        while turn > 0 and turn in self._rejected:
+            turn -= 1
         return self._metrics.get(turn)
 
     def _load(self) -> None:
@@ -83,6 +96,8 @@ class History:
             else:
                 told = found["measured"]
                 self._metrics[int(told["turn"])] = Metrics.from_json(told["metrics"])
+                if told["rejected"]:
+                    self._rejected.add(int(told["turn"]))
         except (ValueError, KeyError, TypeError):
             return False
         return True

@@ -131,11 +131,25 @@ class SiteHandle:
     up: bool = False
 
 
-class InProcessNetwork:
-    """Connects one coordinator with its hospitals inside one process."""
+def _settled() -> None:
+    """Where every journal makes each record durable itself."""
 
-    def __init__(self, clock: SkippingClock, tap: WireTap) -> None:
+
+class InProcessNetwork:
+    """Connects one coordinator with its hospitals inside one process.
+
+    Args:
+        clock: skipped to the next deadline where nobody has anything to say.
+        tap: sees every message of a hospital.
+        settle: makes durable what hospitals have stored; called before the coordinator sees
+            anything that a hospital sent, or acts on the time.
+    """
+
+    def __init__(
+        self, clock: SkippingClock, tap: WireTap, settle: Callable[[], None] = _settled
+    ) -> None:
         self._clock = clock
+        self._settle = settle
         self._queue: deque[tuple[str, str, bytes]] = deque()
         self._tap = tap
         self.sites: dict[str, SiteHandle] = {}
@@ -166,11 +180,14 @@ class InProcessNetwork:
         driver = self._driver()
         self._bring_back()
         if not self._queue:
+            self._settle()
             self._clock.skip_to(driver.machine.next_wakeup)
             driver.tick()
             return
         sender, recipient, payload = self._queue.popleft()
         if recipient == "coordinator":
+            # Hospitals answer a broadcast one after the other: one sync for all their records.
+            self._settle()
             self._tap.see(payload)
             driver.receive(sender, payload)
             return

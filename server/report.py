@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import Code, StorageError
 from common.metrics import Intervals, Metrics
-from server.table import amount, duration, epsilon_range
+from server.table import Rollbacks, amount, duration, epsilon_range
 
 __all__ = [
     "SITE_COLUMNS",
@@ -40,6 +40,8 @@ PRIVACY_FILE = "privacy.json"
 CARD_FILE = "MODEL_CARD.md"
 CURVE_FILE = "plots/learning_curve.png"
 SITES_FILE = "plots/sites.png"
+# So many models in a row that got worse are no accident of one round.
+_MANY_ROLLBACKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class RoundResult:
         metrics: of the model that the round made; measured in a later round.
         epsilon: largest training epsilon that any site had reserved after the round.
         code: why the round was aborted; None where it completed.
+        rejected: whether the acceptance gate rolled its model back.
     """
 
     round: int
@@ -66,6 +69,7 @@ class RoundResult:
     bytes_up: int
     seconds: float
     code: str | None = None
+    rejected: bool = False
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> RoundResult:
@@ -159,6 +163,7 @@ class RunResult:
         digests in hex. created: ISO 8601, UTC. software: version by package name.
         everywhere: the final model on the held-out patients of all sites, exact.
         test: the same where these are the records of the study's test files.
+        ended: why the run ended before its last round; None where it did not.
     """
 
     study: str
@@ -188,6 +193,7 @@ class RunResult:
     test: Evaluation | None = None
     central: Evaluation | None = None
     software: Mapping[str, str] = field(default_factory=dict)
+    ended: Code | None = None
 
     def __post_init__(self) -> None:
         revealing = [s.together or s.alone or s.patients for s in self.sites]
@@ -206,28 +212,55 @@ class RunResult:
         return sum(r.code is not None for r in self.rounds)
 
     @property
+    def models_rejected(self) -> int:
+        """How many models the acceptance gate rolled back."""
+        return sum(r.rejected for r in self.rounds)
+
+    @property
+    def models_accepted(self) -> int:
+        """How many models were measured and stand or stood; the initial one is not counted."""
+        gone = {r.turn for r in self.completed if r.rejected}
+        # What follows a rolled back model is the one before it, measured once more.
+        return sum(
+            r.metrics is not None and r.turn not in gone and r.turn - 1 not in gone
+            for r in self.completed
+        )
+
+    @property
+    def rejected_in_a_row(self) -> int:
+        """How many of the last models were rolled back, with none accepted after them."""
+        seen = Rollbacks()
+        for entry in self.completed:
+            if entry.metrics is not None:
+                seen.measured(entry.turn, rejected=entry.rejected)
+        return seen.row
+
+    @property
     def evaluations(self) -> int:
         """How many rounds ended that only measured the model."""
         return sum(r.code is None and r.kind == "evaluate" for r in self.rounds)
 
 
-def write_report(folder: Path, result: RunResult) -> tuple[Path, ...]:
+def write_report(folder: Path, result: RunResult, *, plots: bool = True) -> tuple[Path, ...]:
     """Write the report's files into `folder`, each atomically, and return their paths.
+
+    `plots` asks for the pictures, which need the simulation extra.
 
     Raises:
         StorageError: a file cannot be written.
     """
-    from server import figures
-
     pieces: dict[str, bytes] = {
         METRICS_FILE: _json(metrics_json(result)),
         PRIVACY_FILE: _json(privacy_statement(result)),
         CARD_FILE: model_card(result).encode(),
-        CURVE_FILE: figures.learning_curve(result),
     }
-    sites = figures.sites(result)
-    if sites is not None:
-        pieces[SITES_FILE] = sites
+    if plots:
+        from server import figures
+
+        pieces[CURVE_FILE] = figures.learning_curve(result)
+        sites = figures.sites(result)
+        if sites is not None:
+            pieces[SITES_FILE] = sites
     return tuple(_write(folder / name, data) for name, data in pieces.items())
 
 
@@ -239,6 +272,8 @@ def metrics_json(result: RunResult) -> dict[str, Any]:
         "simulation": result.simulated,
         "rounds_completed": len(result.completed),
         "rounds_aborted": result.rounds_aborted,
+        "models_rejected": result.models_rejected,
+        "models_rejected_in_a_row": result.rejected_in_a_row,
         "evaluation_rounds": result.evaluations,
         "final_metrics": _final_metrics(result),
         "epsilon": {
@@ -486,7 +521,7 @@ def _card_training(result: RunResult) -> str:
         "",
         (
             f"- Rounds: {len(result.completed)} of {result.rounds_planned} completed, "
-            f"{result.rounds_aborted} aborted; {lost} dropouts in all"
+            f"{result.rounds_aborted} aborted{_rolled(result)}; {lost} dropouts in all"
         ),
         (
             f"- Quorum: {result.quorum} of {len(result.sites)} hospitals, "
@@ -685,14 +720,19 @@ def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclu
         "warnings": list(warnings),
     }
     verbs = [f"privacy {folder}", f"audit verify {folder}", f"predict {folder / 'model'} FILE"]
-    if result.privacy.mode == "none":
+    if not result.simulated:  # ledgers and the folder that loads are the hospitals'
+        verbs = [f"audit verify {folder}", "client status  (at a hospital: its model and ledger)"]
+    elif result.privacy.mode == "none":
         del verbs[0]
     lines = [
-        f"rounds: {len(result.completed)} completed, {result.rounds_aborted} aborted",
+        f"rounds: {len(result.completed)} completed, {result.rounds_aborted} aborted"
+        + _rolled(result),
+        *_rolled_lines(result),
         f"coordinator saw: {result.masked_updates} masked updates, {result.plain_updates} readable",
         f"audit logs: {'verified' if result.audit_verified else 'NOT VERIFIED'}",
         _budget_line(result, held=held),
         *_quality_lines(result),
+        *([] if result.ended is None else [f"ended early: {result.ended.meaning}"]),
         f"output: {folder}",
         *(f"next: wardround {verb}" for verb in verbs),
         "verdict: " + _verdict(result, held=held),
@@ -702,9 +742,31 @@ def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclu
 
 
 _SUMMARY = (
-    *("rounds_completed", "rounds_aborted", "evaluation_rounds", "final_metrics", "epsilon"),
+    *("rounds_completed", "rounds_aborted", "models_rejected", "models_rejected_in_a_row"),
+    "evaluation_rounds",
+    *("final_metrics", "epsilon"),
     *("coordinator_saw", "audit_verified", "wall_seconds", "peak_memory_bytes"),
 )
+
+
+def _rolled(result: RunResult) -> str:
+    count = result.models_rejected
+    return f", {count} of their models rolled back by the acceptance gate" if count else ""
+
+
+def _rolled_lines(result: RunResult) -> list[str]:
+    """What to know and do where models were rolled back again and again."""
+    row = result.rejected_in_a_row
+    if row < _MANY_ROLLBACKS:
+        return []
+    stands = "the last that was accepted" if result.models_accepted else "the initial one"
+    return [
+        f"warning: the last {row} models in a row were rolled back; the final model is {stands}",
+        "  a hospital may send harmful updates, by its data or on purpose; the masks hide which. A",
+        "  learning rate too high, or a tolerance below the noise (`wardround plan`), looks alike.",
+        "  let every hospital check its labels and columns; then sign studies that leave one out",
+        "  and compare: with mode local only, as two exact sums would show that one's update.",
+    ]
 
 
 def _budgets_held(result: RunResult) -> bool:
@@ -735,6 +797,11 @@ def _quality_lines(result: RunResult) -> list[str]:
         compared = "" if wide is None else f"alone {wide:.3f} (mean), "
         together = result.everywhere.accuracy
         lines.append(f"accuracy on everybody's patients: {compared}together {together:.3f}")
+    final = result.final
+    if not result.simulated and final is not None and final.accuracy is not None:
+        noised = "" if result.privacy.evaluation_noise is None else ", with noise for privacy"
+        told = f"accuracy on everybody's held-out patients{noised}: {final.accuracy:.3f}"
+        lines.append(told)
     return lines
 
 
@@ -755,7 +822,16 @@ def _verdict(result: RunResult, *, held: bool) -> str:
     if wide is not None and result.everywhere is not None:
         points = 100 * (result.everywhere.accuracy - wide)
         gain = f"; together {points:+.1f} points on everybody's patients against alone"
-    return f"{unread}{private}{gain}"
+    return f"{unread}{private}{gain}{_standing(result)}"
+
+
+def _standing(result: RunResult) -> str:
+    """For a run that ends with an older model than its last round made."""
+    row = result.rejected_in_a_row
+    if not row:
+        return ""
+    which = "the last accepted model" if result.models_accepted else "the INITIAL model"
+    return f"; the final model is {which}: {row} newer rolled back by the acceptance gate"
 
 
 def _card_limits(result: RunResult) -> str:

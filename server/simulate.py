@@ -11,8 +11,9 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,20 +42,24 @@ from common.errors import AbortedRound, Code, StorageError, WardroundError
 from common.evidence import AuditEvidence, Evidence
 from common.metrics import bootstrap_interval, metrics_from_words, words_from_counts
 from common.plan import evaluation_rounds, plan
+from common.ports import Entropy, Transport
 from common.protocol.transcript import Chain
+from common.protocol.wire import Refusal, unpack_body
 from common.strategy import model_tensors
 from common.study import Study
 from common.world import (
     FileJournal,
+    JournalGroup,
     SeededEntropy,
     SkippingClock,
     SystemEntropy,
     unix_seconds,
     write_durably,
 )
-from server.driver import CoordinatorDriver
+from server.driver import CoordinatorDriver, deadlines_of
 from server.folder import Paths, keep_study, kept_json, origin, require_room, study_of
 from server.history import History
+from server.keeper import Keeper, lost
 from server.network import InProcessNetwork, SiteHandle, WireTap
 from server.report import (
     Conclusion,
@@ -66,10 +71,12 @@ from server.report import (
     conclude,
     write_report,
 )
-from server.round import Aborted, Completed, CoordinatorRound, Deadlines
+from server.round.effects import Aborted, Completed
+from server.round.machine import CoordinatorRound
 from server.table import RoundSummary, RunView
 
 if TYPE_CHECKING:
+    from client.privacy.ledger import Ledger
     from client.site import Federation
     from common.logs import Log
 
@@ -90,7 +97,13 @@ RANDOMNESS = "AES-256-CTR keyed by the operating system (os.urandom), noise roun
 
 
 def simulate(
-    config: Path, out: Path, *, view: RunView, device: str = "auto", compare: bool = True
+    config: Path,
+    out: Path,
+    *,
+    view: RunView,
+    device: str = "auto",
+    compare: bool = True,
+    engine: Engine | None = None,
 ) -> Conclusion:
     """Run a study's simulation from the start.
 
@@ -100,6 +113,7 @@ def simulate(
         view: where the run shows itself.
         device: auto, cpu or cuda.
         compare: whether every hospital also trains alone, at the end.
+        engine: where the hospitals run; absent: in this process.
 
     Raises ConfigError, DataError, RefusedError, AbortedRound, StorageError; what was reached
     lies in `out` and `resume` goes on from there.
@@ -112,11 +126,15 @@ def simulate(
     bundle = federation.build_bundle()
     keep_study(config, paths, compare=compare)
     with _guided(paths):
-        return _run(federation, bundle, paths, view, device)
+        return _run(federation, bundle, paths, view, engine)
 
 
-def resume(out: Path, *, view: RunView, device: str = "auto") -> Conclusion:
+def resume(
+    out: Path, *, view: RunView, device: str = "auto", engine: Engine | None = None
+) -> Conclusion:
     """Go on with a simulation after any interruption; of a finished one, say its end again.
+
+    The engine is the one that the run began with.
 
     Raises as `simulate`.
     """
@@ -133,7 +151,7 @@ def resume(out: Path, *, view: RunView, device: str = "auto") -> Conclusion:
             if (paths.bundle / "bundle.json").exists()
             else federation.build_bundle()
         )
-        return _run(federation, bundle, paths, view, device)
+        return _run(federation, bundle, paths, view, engine)
 
 
 @contextmanager
@@ -169,7 +187,7 @@ def _require_same_inputs(manifest: Mapping[str, Any], paths: Paths) -> None:
 
 
 def _run(
-    federation: Federation, bundle: Bundle, paths: Paths, view: RunView, device: str
+    federation: Federation, bundle: Bundle, paths: Paths, view: RunView, engine: Engine | None
 ) -> Conclusion:
     started = time.monotonic()
     # The code that runs is the code that was installed; a checkout cannot be checked.
@@ -178,7 +196,8 @@ def _run(
         bundle.save(paths.bundle)
     manifest = json.dumps(federation.manifest, indent=1, ensure_ascii=False)
     write_durably(paths.manifest, [manifest.encode()])
-    run = _Run(federation, bundle, paths, view, device)
+    make = SimulatedRun if engine is None else engine
+    run = make(federation, bundle, paths, view)
     try:
         run.play()
         result = run.finish(started)
@@ -212,14 +231,15 @@ class _Witnessed:
             self.declined[str(fields["site"])] = str(fields["code"])
 
 
-class _Run:
-    """One simulation while it goes on; also the observer of its coordinator."""
+class SimulatedRun:
+    """One simulation while it goes on; also the observer of its coordinator.
 
-    def __init__(
-        self, federation: Federation, bundle: Bundle, paths: Paths, view: RunView, device: str
-    ) -> None:
+    Its hospitals live in this process; `server.ray` has them live elsewhere.
+    """
+
+    def __init__(self, federation: Federation, bundle: Bundle, paths: Paths, view: RunView) -> None:
         self._federation, self._bundle, self._paths = federation, bundle, paths
-        self._view, self._device = view, device
+        self._view = view
         self._entropy = SystemEntropy()
         self._names = tuple(sorted(site.id for site in bundle.study.sites))
         self._keys = {v: site_key(paths.site(v), self._entropy) for v in self._names}
@@ -230,7 +250,8 @@ class _Run:
         terms = bundle.terms(publics)
         self._clock = SkippingClock()
         self._tap = WireTap(terms.upload_bytes(), paths.state / "wire")
-        self._network = InProcessNetwork(self._clock, self._tap)
+        self._journals = JournalGroup(paths.state / "journals", self._names)
+        self._network = InProcessNetwork(self._clock, self._tap, self._journals.settle)
         self._sites: dict[str, Site] = {}
         self._ledgers = self._open_ledgers()
         self._history = History(paths.history)
@@ -241,14 +262,12 @@ class _Run:
         self._final: Chain | None = None
         self._starved: AbortedRound | None = None
         self._shown = (0, "", 0, 0.0)
-        self._round_began = time.monotonic()
-        self._bytes_before = 0
         self._journal = FileJournal(paths.state / "coordinator" / "journal")
         self._log = self._open_log(coordinator)
         self._witness = _Witnessed(AuditEvidence(self._log), self._events)
         machine = CoordinatorRound(
             terms,
-            _deadlines(bundle.study),
+            deadlines_of(bundle.study),
             self._entropy,
             patience=PATIENCE,
             record=self._journal.load(),
@@ -257,7 +276,7 @@ class _Run:
         self._driver = CoordinatorDriver(
             machine,
             journal=self._journal,
-            transport=self._network,
+            transport=self._transport(),
             clock=self._clock,
             evidence=self._witness,
             observer=self,
@@ -268,7 +287,19 @@ class _Run:
         self._accuracy_noise = plan(
             bundle.study, bundle.layout.size, patients=federation.patients
         ).evaluation.accuracy_noise
+        self._keeper = Keeper(
+            self._history,
+            bundle.study,
+            terms,
+            now=time.monotonic,
+            sent=lambda: self._tap.bytes_up,
+            epsilon=self._largest_epsilon,
+        )
         self._recover_history()
+
+    def _transport(self) -> Transport:
+        """What carries the coordinator's messages."""
+        return self._network
 
     def _open_log(self, key: SiteKey) -> AuditLog:
         return AuditLog.open(
@@ -281,17 +312,8 @@ class _Run:
 
     def _open_ledgers(self) -> dict[str, Any]:
         """Ledgers outlive a simulated crash of their process, as a database server would."""
-        cap = self._bundle.study.privacy.epsilon or 1.0
-        seed = self._federation.manifest["seed"]
         return {
-            v: open_ledger(
-                self._bundle,
-                self._paths.site(v),
-                cap=cap,
-                # The seed fixes who is held out, so that a split can be repeated; never noise.
-                founding=SeededEntropy(f"held-out {seed} {v}"),
-            )
-            for v in self._names
+            v: founded_ledger(self._federation, self._bundle, self._paths, v) for v in self._names
         }
 
     # ------------------------------------------------------------ playing
@@ -304,12 +326,15 @@ class _Run:
             self._network.sites[name].start()
             self._network.sites[name].up = True
         try:
+            machine = self._driver.machine
             self._driver.start()
             while self._final is None or not self._network.quiet:
                 self._network.step()
                 self._show()
                 if self._starved is not None:
                     raise self._starved
+            if machine.ended is not None:
+                raise self._ended_early(machine.ended)
         except AbortedRound as error:
             raise self._saved(error) from error
 
@@ -366,23 +391,13 @@ class _Run:
         return SiteHandle(start, receive, kill)
 
     def _setup(self, name: str) -> SiteSetup:
-        study, ledger = self._bundle.study, self._ledgers[name]
-        split = None if ledger is None else ledger.split(study.evaluation.held_out)
-        records = self._federation.divide(name, split)
-        folder = self._paths.site(name)
-        return SiteSetup(
-            site=name,
-            folder=folder,
-            audit=self._paths.audit,
-            bundle=self._bundle,
+        hospital = Hosted(self._federation, self._bundle, self._paths, name)
+        return hospital.setup(
+            self._ledgers[name],
             roster=self._roster,
             keys_digest=self._keys_digest,
-            ceilings=_permissive(study, self._bundle.digest),
-            kill_switch=folder / "STOP",
-            learner=lambda: self._federation.learner(name),
-            split_id=records.split_id,
-            device=self._device,
             entropy=self._entropy,
+            journals=self._journals,
         )
 
     # ------------------------------------------------------------ observing
@@ -390,17 +405,16 @@ class _Run:
     def completed(self, result: Completed, chain: Chain) -> None:
         """A round ended in an aggregate."""
         del chain
-        entry = self._entry(result)
-        if self._history.knows(entry.round):
+        entry = self._keep(result)
+        if entry is None:
             return
-        self._keep(result, entry)
         self._view.round_completed(
             RoundSummary(
                 round=min(result.turn, self._terms.turns),
                 kind=result.kind,
                 cohort=self._names,
                 survivors=result.survivors,
-                dropouts=tuple(v for v in self._names if v not in result.survivors),
+                dropouts=entry.dropouts,
                 quorum=self._driver.machine.quorum,
                 epsilon=self._epsilon(),
                 bytes_up=entry.bytes_up,
@@ -408,64 +422,37 @@ class _Run:
             )
         )
 
-    def _entry(self, result: Completed) -> RoundResult:
-        now, sent = time.monotonic(), self._tap.bytes_up
-        seconds, up = now - self._round_began, sent - self._bytes_before
-        self._round_began, self._bytes_before = now, sent
-        spent = [value for value, _ in self._epsilon().values()]
-        return RoundResult(
-            round=result.round,
-            turn=result.turn,
-            kind=result.kind,
-            cohort=len(self._names),
-            survivors=len(result.survivors),
-            dropouts=tuple(v for v in self._names if v not in result.survivors),
-            metrics=None,
-            epsilon=max(spent, default=None),
-            bytes_up=up,
-            seconds=seconds,
-        )
-
-    def _keep(self, result: Completed, entry: RoundResult) -> None:
-        """The metrics first: a round that is known has told what it measured."""
-        if result.metrics is not None:
-            study = self._bundle.study
-            metrics = metrics_from_words(
-                result.metrics, study.task.labels, loss_cap=study.evaluation.loss_cap
-            )
-            # A round measures the model that it starts from: the one of the turn before.
-            self._history.measured(result.turn - 1, metrics)
+    def _keep(self, result: Completed) -> RoundResult | None:
+        kept = self._keeper.completed(result)
+        if kept is None:
+            return None
+        entry, metrics = kept
+        if metrics is not None:
             self._view.measured(
-                result.turn - 1, metrics.loss, metrics.accuracy, noise=self._accuracy_noise
+                result.turn - 1,
+                metrics.loss,
+                metrics.accuracy,
+                noise=self._accuracy_noise,
+                rejected=result.rejected,
             )
-        self._history.add(entry)
         self._events.info(
             "round.kept", round=entry.round, seconds=round(entry.seconds, 3), epsilon=entry.epsilon
         )
+        return entry
+
+    def _largest_epsilon(self) -> float | None:
+        return max((value for value, _ in self._epsilon().values()), default=None)
 
     def aborted(self, result: Aborted) -> None:
         """A round ended without an aggregate."""
         turn = self._driver.machine.chain.turn
         kind = self._terms.kind(turn)
-        self._history.add(
-            RoundResult(
-                round=result.round,
-                turn=turn,
-                kind=kind,
-                cohort=len(self._names),
-                survivors=0,
-                dropouts=result.missing,
-                metrics=None,
-                epsilon=None,
-                bytes_up=0,
-                seconds=0.0,
-                code=result.code.label,
-            )
-        )
+        self._keeper.aborted(result, turn)
         self._view.round_aborted(
             min(turn, self._terms.turns), kind, result.code.meaning, result.missing
         )
-        self._starved = self._refused_by_too_many()
+        if self._driver.machine.ended is None:
+            self._starved = self._refused_by_too_many()
 
     def _refused_by_too_many(self) -> AbortedRound | None:
         """A round that failed because hospitals will not do its work would fail again, and again.
@@ -480,11 +467,20 @@ class _Run:
         }
         if len(self._names) - len(declined) >= self._driver.machine.quorum:
             return None
+        return self._declining(Code.RUN_STARVED, declined)
+
+    def _ended_early(self, why: Code) -> AbortedRound:
+        """The coordinator's machine has ended the run; this says by whose word."""
+        spent = self._driver.machine.record.spent
+        words = {site: unpack_body(Refusal, signed).code for site, signed in spent.items()}
+        return self._declining(why, words)
+
+    def _declining(self, code: Code, declined: Mapping[str, str]) -> AbortedRound:
+        """Which hospitals decline, with the code that most of them said, and what one told."""
         label, _ = Counter(declined.values()).most_common(1)[0]
-        who = sorted(site for site, code in declined.items() if code == label)
+        who = sorted(site for site, said in declined.items() if said == label)
         told = self._sites[who[0]].worker.declined
         meaning = "" if told is None else f" {who[0]} says: {told}"
-        code = Code.BUDGETS_SPENT if label == Code.BUDGET_EXCEEDED.label else Code.RUN_STARVED
         return AbortedRound(
             code,
             f"{', '.join(who)} decline ({label}); {self._driver.machine.quorum} of "
@@ -507,11 +503,11 @@ class _Run:
         """A crash between a round's last write and its history line loses no round."""
         machine = self._driver.machine
         last = machine.last_completed()
-        if last is not None and not self._history.knows(last.round):
-            self._keep(last, self._entry(last))
-        if machine.phase == "burn" and not self._history.knows(machine.record.round):
-            lost = machine.waiting_for()
-            self.aborted(Aborted(machine.record.round, Code.QUORUM_LOST, "burn", lost))
+        if last is not None:
+            self._keep(last)
+        missed = lost(machine, self._history)
+        if missed is not None:
+            self.aborted(missed)
 
     # ------------------------------------------------------------ the end
 
@@ -519,6 +515,7 @@ class _Run:
         """Measure, export and report."""
         if self._final is None:
             raise AssertionError("a run is finished after it is over")
+        self._journals.settle()
         self._events.info("run.finished", model_digest=self._final.state_digest.hex())
         for site in self._sites.values():
             site.close(finish=True)
@@ -621,7 +618,7 @@ class _Run:
 
         study, bundle = self._bundle.study, self._bundle
         privacy, training = study.privacy, study.training
-        releases = len(evaluation_rounds(training.rounds, study.evaluation.every))
+        releases = len(evaluation_rounds(study))
         ledgers = [ledger for ledger in self._ledgers.values() if ledger is not None]
         if privacy.mode == "none" or privacy.delta is None or not ledgers:
             return PrivacyFacts(
@@ -674,17 +671,73 @@ class _Run:
             if ledger is not None:
                 ledger.close()
         self._log.close()
+        self._journals.close()
         self._journal.close()
 
 
-# ---------------------------------------------------------------- settings and faults
+Engine = Callable[["Federation", Bundle, Paths, RunView], SimulatedRun]
 
 
-def _deadlines(study: Study) -> Deadlines:
-    limits = study.deadlines
-    return Deadlines(
-        limits.handshake_s, limits.train_s, limits.upload_s, limits.agree_s, limits.unmask_s
+# ---------------------------------------------------------------- a simulated hospital
+
+
+def founded_ledger(
+    federation: Federation, bundle: Bundle, paths: Paths, name: str
+) -> Ledger | None:
+    """A simulated hospital's ledger, or None where the study has no privacy mode."""
+    seed = federation.manifest["seed"]
+    return open_ledger(
+        bundle,
+        paths.site(name),
+        cap=bundle.study.privacy.epsilon or 1.0,
+        # The seed fixes who is held out, so that a split can be repeated; never noise.
+        founding=SeededEntropy(f"held-out {seed} {name}"),
     )
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """Where one simulated hospital's things are."""
+
+    federation: Federation
+    bundle: Bundle
+    paths: Paths
+    name: str
+
+    def divide(self, ledger: Ledger | None) -> str:
+        """Fix who is held out; returns the division's name. Raises DataError."""
+        fraction = self.bundle.study.evaluation.held_out
+        split = None if ledger is None else ledger.split(fraction)
+        return self.federation.divide(self.name, split).split_id
+
+    def setup(
+        self,
+        ledger: Ledger | None,
+        *,
+        roster: Mapping[str, bytes],
+        keys_digest: str,
+        entropy: Entropy,
+        journals: JournalGroup | None,
+    ) -> SiteSetup:
+        """What the hospital brings to the run."""
+        folder = self.paths.site(self.name)
+        return SiteSetup(
+            site=self.name,
+            folder=folder,
+            audit=self.paths.audit,
+            bundle=self.bundle,
+            roster=roster,
+            keys_digest=keys_digest,
+            ceilings=_permissive(self.bundle.study, self.bundle.digest),
+            kill_switch=folder / "STOP",
+            trainer=lambda: self.federation.trainer(self.name, self.bundle, entropy),
+            split_id=self.divide(ledger),
+            entropy=entropy,
+            journals=journals,
+        )
+
+
+# ---------------------------------------------------------------- settings and faults
 
 
 def _permissive(study: Study, digest: bytes) -> Ceilings:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveTable",
     "PlainLines",
+    "Rollbacks",
     "RoundSummary",
     "RunView",
     "Silent",
@@ -53,6 +54,26 @@ class RoundSummary:
     seconds: float
 
 
+class Rollbacks:
+    """Counts the models that the acceptance gate rolled back one after the other.
+
+    After a rollback the standing model is measured again in its successor's place: that is no
+    new model, and ends no row.
+    """
+
+    def __init__(self) -> None:
+        self.row = 0
+        self._last = -2
+
+    def measured(self, number: int, *, rejected: bool) -> None:
+        """The model after training round `number` was measured, and the gate judged it."""
+        if rejected:
+            self.row += 1
+            self._last = number
+        elif number != self._last + 1:
+            self.row = 0
+
+
 class RunView:
     """Where a run shows itself; a view overrides what it has something to say about.
 
@@ -74,11 +95,18 @@ class RunView:
         """A round ended with an aggregate."""
 
     def measured(
-        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+        self,
+        number: int,
+        loss: float | None,
+        accuracy: float | None,
+        *,
+        noise: float | None,
+        rejected: bool = False,
     ) -> None:
         """The model after training round `number`; `noise` is the accuracy's, from privacy.
 
         It is told with the round that comes next, because that is where the model is measured.
+        Number 0 is the initial model; a `rejected` one was rolled back by the acceptance gate.
         """
 
     def round_aborted(
@@ -109,6 +137,7 @@ class PlainLines(RunView):
         self._stream = stream
         self._rounds = rounds
         self._seconds: list[float] = []
+        self._rollbacks = Rollbacks()
 
     def note(self, text: str) -> None:
         """A line."""
@@ -131,12 +160,20 @@ class PlainLines(RunView):
         self._line("  ".join(parts))
 
     def measured(
-        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+        self,
+        number: int,
+        loss: float | None,
+        accuracy: float | None,
+        *,
+        noise: float | None,
+        rejected: bool = False,
     ) -> None:
         """A line of its own."""
+        self._rollbacks.measured(number, rejected=rejected)
         told = [f"{name} {value:.3f}" for name, value in _quality(loss, accuracy)]
         if told:
-            self._line(f"  model after round {number}: {'  '.join(told)}{_noised(noise)}")
+            back = f"  rolled back{_in_a_row(self._rollbacks)}" if rejected else ""
+            self._line(f"  model after round {number}: {'  '.join(told)}{_noised(noise)}{back}")
 
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
@@ -189,6 +226,7 @@ class LiveTable(RunView):
         self._phase: _Phase | None = None
         self._note = ""
         self._quality_note = ""
+        self._rollbacks = Rollbacks()
         self._console = console
         self._live: Live = Live(console=console, auto_refresh=False, transient=False)
         self._started = False
@@ -236,7 +274,13 @@ class LiveTable(RunView):
         self._draw()
 
     def measured(
-        self, number: int, loss: float | None, accuracy: float | None, *, noise: float | None
+        self,
+        number: int,
+        loss: float | None,
+        accuracy: float | None,
+        *,
+        noise: float | None,
+        rejected: bool = False,
     ) -> None:
         """Fill the numbers into the row of the round that made the model."""
         told = dict(_quality(loss, accuracy))
@@ -247,6 +291,10 @@ class LiveTable(RunView):
                 self._rows[at] = (*row[: _QUALITY.start], *cells, *row[_QUALITY.stop :])
                 break
         self._quality_note = _noised(noise).strip()
+        self._rollbacks.measured(number, rejected=rejected)
+        if rejected:
+            often = _in_a_row(self._rollbacks)
+            self._notes.append(f"the model of round {number} was rolled back: it got worse{often}")
         self._draw()
 
     def round_aborted(
@@ -387,6 +435,10 @@ def _quality(loss: float | None, accuracy: float | None) -> list[tuple[str, floa
     """What was measured; a noised sum may have left nothing to divide by."""
     pairs = (("loss", loss), ("accuracy", accuracy))
     return [(name, value) for name, value in pairs if value is not None]
+
+
+def _in_a_row(rollbacks: Rollbacks) -> str:
+    return f" ({rollbacks.row} in a row)" if rollbacks.row > 1 else ""
 
 
 def _lost(dropouts: Sequence[str]) -> str:

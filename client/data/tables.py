@@ -14,6 +14,7 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,15 @@ from typing import Any, BinaryIO, Final, NoReturn
 from client.data.records import Record
 from common.errors import Code, DataError
 
-__all__ = ["MAX_FIELD_BYTES", "TableColumns", "file_sha256", "read_table", "read_tables"]
+__all__ = [
+    "MAX_FIELD_BYTES",
+    "TableColumns",
+    "Taken",
+    "file_sha256",
+    "read_table",
+    "read_tables",
+    "take_tables",
+]
 
 MAX_FIELD_BYTES: Final = 4 * 1024 * 1024
 _MAX_COLUMNS: Final = 10_000
@@ -37,11 +46,12 @@ Row = tuple[int, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class TableColumns:
-    """Which column holds what.
+    """Which column holds what, and how much of it is taken.
 
     text None: the file has no notes. patient None: every row is its own patient. label None: the
     file is read to be predicted. site None: the file belongs to one site. `numbers` are numeric
-    columns, in the order of a record's values.
+    columns, in the order of a record's values. `most` is how many records of one patient are
+    taken; None takes all.
     """
 
     text: str | None
@@ -49,6 +59,7 @@ class TableColumns:
     label: str | None = None
     site: str | None = None
     numbers: tuple[str, ...] = ()
+    most: int | None = None
 
     def told(self) -> tuple[str, ...]:
         """The columns that hold text, the note first."""
@@ -60,17 +71,52 @@ class TableColumns:
         return (*self.told(), *self.numbers)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The records that are taken, and by patient how many more the files hold."""
+
+    records: tuple[Record, ...]
+    dropped: Mapping[str, int]
+
+
+def take_tables(
+    paths: Sequence[Path], columns: TableColumns, *, labels: Sequence[str] | None
+) -> Taken:
+    """The records of several files, in order, of each patient the first `columns.most`.
+
+    Every record is checked, also one that is not taken. Raises DataError.
+
+    Guarantee: which of a patient's records are taken depends on that patient's records alone
+    (their order in the files), so nobody else's coming or going changes it; and a patient with
+    any number of records takes bounded memory.
+    """
+    taken: list[Record] = []
+    counts: Counter[tuple[str, str | None]] = Counter()
+    dropped: Counter[str] = Counter()
+    for path in paths:
+        for record in _records(path, columns, labels):
+            # Counted at each site by itself: a patient at two sites stays in sight of whoever
+            # divides the records, and is refused there.
+            whose = (record.patient, record.site)
+            if columns.most is not None and counts[whose] >= columns.most:
+                dropped[record.patient] += 1
+                continue
+            counts[whose] += 1
+            taken.append(record)
+    return Taken(tuple(taken), dropped)
+
+
 def read_tables(
     paths: Sequence[Path], columns: TableColumns, *, labels: Sequence[str] | None
 ) -> tuple[Record, ...]:
-    """The records of several files, in order. Raises DataError."""
-    return tuple(record for path in paths for record in read_table(path, columns, labels=labels))
+    """The records that `take_tables` takes. Raises DataError."""
+    return take_tables(paths, columns, labels=labels).records
 
 
 def read_table(
     path: Path, columns: TableColumns, *, labels: Sequence[str] | None
 ) -> tuple[Record, ...]:
-    """The records of one file.
+    """The records of one file, of each patient the first `columns.most`.
 
     Args:
         path: a .csv, .ndjson, .jsonl (each also .gz) or .parquet file.
@@ -78,17 +124,23 @@ def read_table(
         labels: the study's labels, or None where the label column is not read.
 
     Raises:
-        DataError: with file and line, for whatever cannot be used; no record is left out.
+        DataError: with file and line, for whatever cannot be used; no such record is left out.
     """
+    return read_tables([path], columns, labels=labels)
+
+
+def _records(path: Path, columns: TableColumns, labels: Sequence[str] | None) -> Iterator[Record]:
     rows = _rows(path, columns)
     make = _RecordMaker(str(path), columns, labels)
+    empty = True
     try:
-        records = tuple(make(line, cells) for line, cells in rows)
+        for line, cells in rows:
+            empty = False
+            yield make(line, cells)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
-    if not records:
+    if empty:
         raise DataError(Code.DATA_EMPTY, f"{path}: holds no record.")
-    return records
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from common.errors import Code, DataError
 
-__all__ = ["Backbone", "load_backbone", "quiet_transformers"]
+__all__ = ["Backbone", "backbone_digest", "load_backbone", "quiet_transformers"]
 
 _MODEL_FILES: Final = (
     "config.json",
@@ -60,6 +60,13 @@ def load_backbone(spec: str) -> Backbone:
     if digest not in _CACHE:
         _CACHE[digest] = Backbone(spec, folder, digest, _tokenizer(folder))
     return _CACHE[digest]
+
+
+def backbone_digest(spec: str) -> bytes:
+    """The digest of the backbone that a study names, without loading it. Raises DataError."""
+    folder = _locate(spec)
+    _require_model_folder(spec, folder)
+    return _folder_digest(folder)
 
 
 def quiet_transformers(transformers: Any) -> None:

@@ -30,6 +30,14 @@ CONFIRM_TAG: Final = "wardround/v1/confirm-tag"
 ESTABLISHED: Final = "wardround/v1/established"
 DISPUTE: Final = "wardround/v1/dispute"
 
+# ---- deployment
+ENVELOPE: Final = "wardround/v1/envelope"
+OFFER: Final = "wardround/v1/offer"
+INVITE: Final = "wardround/v1/invite"
+JOIN: Final = "wardround/v1/join"
+APPROVAL: Final = "wardround/v1/approval"
+CODE: Final = "wardround/v1/code"
+
 # ---- round
 STUDY: Final = "wardround/v1/study"
 HEADER: Final = "wardround/v1/header"

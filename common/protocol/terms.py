@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Code, ProtocolError
+from common.gate import Gate, Verdict, split_state
 from common.ports import Tensors
 from common.secagg.masking import Lane
 from common.secagg.quantise import limit, to_signed
@@ -36,7 +37,8 @@ class Terms:
 
     `statistics` is None where the study has no numeric features; otherwise turn 0 counts their
     `statistic_words` words before anything is trained, and the state carries their mean and
-    deviation, so that everybody normalises alike.
+    deviation, so that everybody normalises alike. With a `gate`, every round measures the model
+    it starts from, and the state carries the last accepted model, too.
     """
 
     study: bytes
@@ -56,6 +58,7 @@ class Terms:
     burns_tolerated: int
     statistic_words: int = 0
     statistics: StatisticsLayout | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         counted = 0 if self.statistics is None else self.statistics.words
@@ -92,7 +95,7 @@ class Terms:
 
     def measures(self, turn: int) -> bool:
         """Whether the round of this turn carries metrics of the model it starts from."""
-        if turn > self.turns:
+        if turn > self.turns or (self.gate is not None and turn > 0):
             return True
         return turn > 1 and (turn - 1) % self.evaluate_every == 0
 
@@ -157,10 +160,18 @@ class Terms:
             largest_weight=max(self.weights.values()),
             limit=limit(self.ring_bits, len(self.roster)),
         )
-        kept = {name: value for name, value in state.items() if name.startswith(PREFIX)}
-        trained = {name: value for name, value in state.items() if name not in kept}
-        moved = self.optimizer.apply(trained, update)
-        return {**moved, **kept}, tuple(following[s.name] for s in shapes)
+        own, _ = split_state(state)
+        kept = {name: value for name, value in own.items() if name.startswith(PREFIX)}
+        trained = {name: value for name, value in own.items() if name not in kept}
+        moved = {**self.optimizer.apply(trained, update), **kept}
+        after = moved if self.gate is None else self.gate.moved(state, moved)
+        return after, tuple(following[s.name] for s in shapes)
+
+    def judge(
+        self, state: Tensors, exponents: tuple[int, ...], words: NDArray[np.int64]
+    ) -> Verdict | None:
+        """What the gate says of the state's model, measured as `words`; None without a gate."""
+        return None if self.gate is None else self.gate.judge(state, exponents, words)
 
     def count(self, state: Tensors, total: NDArray[np.int64], sites: int) -> Tensors:
         """The state after the statistics of `sites` survivors; nothing else of it changes.

@@ -5,8 +5,9 @@ handshake transcript rt -> header hash hh -> participants hash uh1 -> survivors 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from common.crypto.identity import verify
 from common.errors import Code, ProtocolError
 from common.ports import Tensors
 from common.protocol.codec import dump_record
-from common.protocol.terms import Terms
-from common.protocol.wire import TAG_BYTES, Agree, Burn, Header, Link, Signed, unpack_body
+from common.protocol.effects import Note
+from common.protocol.terms import METRIC_LANE, Terms
+from common.protocol.wire import TAG_BYTES, Agree, Burn, Header, Link, Refusal, Signed, unpack_body
 from common.secagg.masking import Lane
 
 GENESIS = bytes(32)
+# What a site says whose patients' budgets allow no further round of this study.
+SPENT = frozenset({Code.BUDGET_EXCEEDED.label, Code.BUDGET_STUDY.label})
 
 
 def handshake_transcript(study: bytes, run: bytes, epoch: int, bodies: Iterable[bytes]) -> bytes:
@@ -121,7 +125,8 @@ class Chain:
     """Where a party stands: the model, its exponents, and what the next round builds on.
 
     `version` is the round number of the last completed round (0 before the first); `turn` is
-    the next turn to play, starting at 1, or at 0 where statistics are counted first.
+    the next turn to play, starting at 1, or at 0 where statistics are counted first. `rejected`
+    says that the last round's measurement rolled its model back (common.gate).
     """
 
     version: int
@@ -130,6 +135,7 @@ class Chain:
     state_digest: bytes
     exponents: tuple[int, ...]
     prev: bytes
+    rejected: bool = False
 
     @staticmethod
     def genesis(terms: Terms, initial_digest: bytes) -> Chain:
@@ -168,6 +174,19 @@ def count_signers(
         if verify(public, signed.signature, kind.LABEL, signed.body):
             signers.add(statement.site)
     return signers
+
+
+def spent_sites(terms: Terms, refusals: Iterable[Signed]) -> set[str]:
+    """The distinct parties whose valid refusals say that their privacy budget is spent."""
+    spent: set[str] = set()
+    for signed in refusals:
+        refusal: Refusal = unpack_body(Refusal, signed)
+        public = terms.roster.get(refusal.site)
+        if public is None or refusal.study != terms.study or refusal.code not in SPENT:
+            continue
+        if verify(public, signed.signature, Refusal.LABEL, signed.body):
+            spent.add(refusal.site)
+    return spent
 
 
 def verify_link(terms: Terms, run: bytes, link: Link) -> bytes:
@@ -210,20 +229,82 @@ def advance(
     if header.state != chain.state_digest or header.prev != chain.prev:
         raise ProtocolError(Code.LINK_STATE, "A link does not continue this site's model.")
     following = commit(survivors or certified_survivors(link), link.sums)
+    inputs = (_arithmetic(terms), chain.state_digest, chain.exponents, following, digest_of)
+    known = _LAST.get(inputs)
+    if known is None:
+        known = _moved(terms, chain, link, digest_of, following)
+        _LAST.keep(inputs, known, chain.state)
+    return known
+
+
+class _LastChain:
+    """The chain computed last in this process, for as long as a party of it stands there.
+
+    The parties of a simulation come to the same chain from the same link: the arithmetic is
+    done once, and the model is in memory once. No judgement is shared: a party gets here after
+    it has checked its own copy of the certificate and found its own model in the header, and
+    what it asks for is named by the digest of its own model and by `commit` of its own bytes,
+    which covers the header, the participants, the survivors and every word of the sums. A
+    hospital alone in its process computes every chain itself.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], weakref.ref[Chain]] | None = None
+
+    def get(self, inputs: tuple[Any, ...]) -> Chain | None:
+        """The chain that these inputs lead to, or None where it is not known."""
+        last = self._last
+        return last[1]() if last is not None and last[0] == inputs else None
+
+    def keep(self, inputs: tuple[Any, ...], chain: Chain, before: Tensors) -> None:
+        """Remember `chain`; of its tensors those that are not in `before` are made read-only."""
+        for name, value in chain.state.items():
+            if before.get(name) is not value:
+                value.flags.writeable = False
+        self._last = (inputs, weakref.ref(chain))
+
+
+_LAST = _LastChain()
+
+
+def _arithmetic(terms: Terms) -> tuple[Any, ...]:
+    """Everything of a study that may decide how a sum becomes the next model.
+
+    All fields, so that a new one is not forgotten; the initial weights are in the state.
+    """
+    named = (f.name for f in fields(terms) if f.name not in {"initial", "optimizer"})
+    return (*(getattr(terms, name) for name in named), terms.optimizer.settings)
+
+
+def _moved(terms: Terms, chain: Chain, link: Link, digest_of: Any, following: bytes) -> Chain:
+    header = link.header
+    turn, words = header.turn + 1, metric_sum(terms, link)
+    verdict = None if words is None else terms.judge(chain.state, chain.exponents, words)
+    base = chain.state if verdict is None else verdict.state
+    if verdict is not None and (verdict.rejected or header.kind == "evaluate"):
+        # What was trained from a rejected model goes with it.
+        known, exponents = digest_of(base), verdict.exponents
+        return Chain(header.round, turn, base, known, exponents, following, verdict.rejected)
     if header.kind == "evaluate":
-        return Chain(
-            header.round,
-            header.turn + 1,
-            chain.state,
-            chain.state_digest,
-            chain.exponents,
-            following,
-        )
+        return Chain(header.round, turn, base, chain.state_digest, chain.exponents, following)
     # The first lane is the round's own; metrics, where a round measures, come after it.
     total = terms.signed_sum(header.lanes[0], link.sums[0])
     if header.kind == "statistics":
         counted = terms.count(chain.state, total, len(link.roots))
         known = digest_of(counted)
-        return Chain(header.round, header.turn + 1, counted, known, chain.exponents, following)
-    state, exponents = terms.apply(chain.state, header.exponents, total, link_survivors(link))
-    return Chain(header.round, header.turn + 1, state, digest_of(state), exponents, following)
+        return Chain(header.round, turn, counted, known, chain.exponents, following)
+    state, exponents = terms.apply(base, header.exponents, total, link_survivors(link))
+    return Chain(header.round, turn, state, digest_of(state), exponents, following)
+
+
+def rejection(round_number: int, chain: Chain) -> Note:
+    """The audit event of a model that the gate rolled back; `chain` is what is left."""
+    return Note("model.rejected", {"round": round_number, "model": chain.state_digest.hex()})
+
+
+def metric_sum(terms: Terms, link: Link) -> NDArray[np.int64] | None:
+    """The summed metric words of a completed round, if it measured."""
+    for lane, words in zip(link.header.lanes, link.sums, strict=True):
+        if lane.lane_id == METRIC_LANE:
+            return terms.signed_sum(lane, words)
+    return None

@@ -526,6 +526,28 @@ class Finished:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Coordinator: the run is over before its last turn; the last completed round's link.
+
+    `refusals` are so many sites' word that their budgets are spent that no quorum is left.
+    """
+
+    study: bytes
+    run: bytes
+    link: Link | None
+    base: memoryview | None
+    refusals: tuple[Signed, ...]
+
+    FIELDS: ClassVar[Table] = (
+        ("study", DIGEST),
+        ("run", DIGEST),
+        ("link", optional(record(Link))),
+        ("base", optional(buffer(MAX_PLANE_BYTES))),
+        ("refusals", sequence(SIGNED)),
+    )
+
+
 # ---------------------------------------------------------------- at any time
 
 
@@ -581,6 +603,7 @@ FROM_COORDINATOR: tuple[type[Any], ...] = (
     Agreements,
     BurnRequest,
     Finished,
+    Ended,
 )
 # Statements travel as `Signed` under their tag; the three uploads carry more than a statement.
 STATEMENTS: tuple[type[Any], ...] = (

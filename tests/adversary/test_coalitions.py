@@ -49,8 +49,8 @@ class Attackers:
         self.quorum = world.terms.quorum
         self.machine = world.coordinator.driver.machine
         self.lane: Lane = world.terms.lanes(1)[0]
-        self.header = next(iter(self.machine._heads.values())).header
-        self.participants = self.machine._participants
+        self.header = next(iter(self.machine.state.heads.values())).header
+        self.participants = self.machine.state.participants
         self.seeds = {
             (c, v): expand(world.kept[c][v], labels.ROUND_SEED, self.header)
             for c in colluders
@@ -93,7 +93,7 @@ class Attackers:
         for dealer, shares in self.recovery_shares.items():
             if len(shares) >= self.quorum:
                 key = expand(combine(shares, self.quorum), labels.BLOB_KEY, self.header, dealer)
-                blob = unseal(key, self.machine._ready[dealer].blob, self.header, dealer)
+                blob = unseal(key, self.machine.state.ready[dealer].blob, self.header, dealer)
                 peers = [v for v in self.machine.record.members if v != dealer]
                 opened = {v: blob[32 * i : 32 * i + 32] for i, v in enumerate(peers)}
                 known.update(opened if dealer == victim else {dealer: opened[victim]})
@@ -144,11 +144,11 @@ def after_the_uploads(world: Schedule, dropout: str | None = None) -> None:
 def completed(world: Schedule, colluders: tuple[str, ...]) -> Attackers:
     """Pool the shares before the round closes, then listen until everything was said."""
     attackers = Attackers(world, colluders)
-    frozen = (attackers.machine._ready, attackers.participants, attackers.header)
+    frozen = (attackers.machine.state.ready, attackers.participants, attackers.header)
     while not world.rounds:
         world.step()
     attackers.hear_the_wire()
-    attackers.machine._ready, attackers.participants, attackers.header = frozen
+    attackers.machine.state.ready, attackers.participants, attackers.header = frozen
     return attackers
 
 

@@ -9,7 +9,7 @@ import pytest
 from schedule import Schedule
 from world import TracerWorker
 
-from client.round import Worked
+from client.round.effects import Worked
 from common.crypto import mask
 from common.secagg.masking import pack
 from common.secagg.quantise import quantise_layout

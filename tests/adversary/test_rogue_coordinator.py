@@ -29,6 +29,7 @@ from rogue import (
 )
 from schedule import Schedule, kind_of
 
+from client.round.upload import attempt
 from common.crypto import labels
 from common.crypto.digest import encode
 from common.errors import Code
@@ -268,15 +269,13 @@ def uncertified_retries(world: Schedule) -> tuple[Any, Any]:
 
 def upload_by_hand(world: Schedule, number: int) -> None:
     """Bring the victim to an upload in a round that only it is in, by replaying its peers' part."""
-    machine = world.parties[VICTIM].daemon._machine
-    machine.record = replace(
-        machine.record,
+    state = world.parties[VICTIM].daemon._machine.state
+    state.record = replace(
+        state.record,
         stage="uploaded",
-        **dict(
-            zip(("attempted", "attempts"), machine._attempt(machine._secrets.header), strict=True)
-        ),
+        **dict(zip(("attempted", "attempts"), attempt(state, state.secrets.header), strict=True)),
     )
-    machine._secrets = None
+    state.secrets = None
 
 
 START = [
@@ -556,7 +555,7 @@ def test_a_hospital_shown_another_aggregate_finds_itself_alone():
     ready = to_site(world, VICTIM, replace(genuine, link=altered_sum(genuine.link)))
     assert ready.kinds == ["Ready"]
     heads = halt(world, "Participants", COLLUDER)
-    mine = world.parties[VICTIM].daemon._machine._secrets.head
+    mine = world.parties[VICTIM].daemon._machine.state.secrets.head
     reaction = to_site(
         world,
         VICTIM,

@@ -26,7 +26,7 @@ from rogue import (
 )
 from schedule import Schedule
 
-import client.round
+import client.round.start
 from common.crypto import labels
 from common.crypto.digest import digest
 from common.errors import AbortedRound, Code
@@ -118,7 +118,7 @@ def copied_key(world: Schedule, signed: Signed) -> Signed:
 
 
 def first_key(world: Schedule) -> RunKey:
-    opening = world.coordinator.driver.machine._opening
+    opening = world.coordinator.driver.machine.state.opening
     key: RunKey = unpack_body(RunKey, next(iter(opening._keys.values())))
     return key
 
@@ -192,12 +192,12 @@ def test_the_coordinator_refuses_it_and_the_round_goes_on(row):
     hostile = wire_bytes(row.kind, row.change(world, genuine))
     machine = world.coordinator.driver.machine
     before = machine.record
-    sums = [total.copy() for total in machine._sums]
+    sums = [total.copy() for total in machine.state.sums]
     reaction = to_coordinator(world, row.sender, hostile)
     assert reaction.codes == [row.code.label]
     assert reaction.sent == []
     assert machine.record == before
-    assert all((a == b).all() for a, b in zip(sums, machine._sums, strict=True))
+    assert all((a == b).all() for a, b in zip(sums, machine.state.sums, strict=True))
     world.queue.appendleft((row.sender, "coordinator", wire_bytes(row.kind, genuine)))
     finish(world)
     assert all(r.survivors == tuple(world.sites) for r in world.rounds)
@@ -248,7 +248,7 @@ def test_a_forged_burn_is_refused():
     ):
         reaction = to_coordinator(world, COLLUDER, pack_statement(Burn, bad))
         assert reaction.codes == [Code.MESSAGE_SIGNATURE.label]
-    assert COLLUDER not in world.coordinator.driver.machine._burns
+    assert COLLUDER not in world.coordinator.driver.machine.state.burns
 
 
 def test_a_second_head_in_one_round_is_refused_and_named():
@@ -276,11 +276,11 @@ def test_a_late_upload_changes_nothing():
     while world.coordinator.driver.machine.phase == "upload":
         world.step()
     machine = world.coordinator.driver.machine
-    sums = [total.copy() for total in machine._sums]
+    sums = [total.copy() for total in machine.state.sums]
     before = machine.record
     assert to_coordinator(world, COLLUDER, pack(upload)).sent == []
     assert machine.record == before
-    assert all((a == b).all() for a, b in zip(sums, machine._sums, strict=True))
+    assert all((a == b).all() for a, b in zip(sums, machine.state.sums, strict=True))
     world.play()
     world.check()
     assert COLLUDER not in world.rounds[0].survivors
@@ -301,7 +301,7 @@ def peers_find(world: Schedule, code: Code) -> None:
 def dishonest_seal(
     monkeypatch, holder: str | None, alter: Callable[[bytes], bytes], *, after: bool
 ) -> None:
-    honest = client.round.seal
+    honest = client.round.start.seal
 
     def seal(key, plaintext, *associated):
         mine = associated[1:] == (COLLUDER, holder) if holder else associated[1:] == (COLLUDER,)
@@ -311,7 +311,7 @@ def dishonest_seal(
             return alter(honest(key, plaintext, *associated))
         return honest(key, alter(plaintext), *associated)
 
-    monkeypatch.setattr(client.round, "seal", seal)
+    monkeypatch.setattr(client.round.start, "seal", seal)
 
 
 def test_a_share_that_does_not_decrypt_is_found_before_the_upload(monkeypatch):
@@ -387,13 +387,13 @@ def convicted(world: Schedule, code: Code) -> None:
 
 def test_a_dealer_whose_shares_do_not_rebuild_its_secret_is_convicted(monkeypatch):
     world = federation()
-    honest = client.round.split
+    honest = client.round.start.split
 
     def split(secret, threshold, points, entropy):
         chosen = bytes(32) if entropy is world.entropy[COLLUDER] else secret
         return honest(chosen, threshold, points, entropy)
 
-    monkeypatch.setattr(client.round, "split", split)
+    monkeypatch.setattr(client.round.start, "split", split)
     convicted(world, Code.SHARE_DEALER)
 
 
@@ -439,7 +439,7 @@ def test_a_wrong_encapsulation_names_its_sender():
 
 
 def dispute(world: Schedule, site: str, peer: str) -> bytes:
-    handshake = world.parties[site].daemon._machine._handshake
+    handshake = world.parties[site].daemon._machine.state.handshake
     x25519, seed = handshake._ephemeral.reveal()
     statement = Dispute(handshake.transcript, site, peer, x25519, seed)
     return pack_statement(Dispute, sign(world.keys[site], statement))
@@ -469,7 +469,7 @@ def test_more_cheats_than_the_quorum_allows_end_the_run_with_their_names():
     world = federation(4)
     halt(world, "Established", "coordinator", sender="site-01")
     machine = world.coordinator.driver.machine
-    machine.record = replace(machine.record, convicted=("site-02",))
+    machine.state.record = replace(machine.record, convicted=("site-02",))
     to_coordinator(world, "site-01", dispute(world, "site-01", "site-03"))
     judged = halt(world, "Dispute", "coordinator", sender="site-03")
     with pytest.raises(AbortedRound, match="site-01, site-02") as caught:

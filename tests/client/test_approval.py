@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.approval import StudyFacts, approve, objections
+from client.approval import Approval, StudyFacts, approve, objections
 from client.config import Ceilings
+from common.crypto.identity import SiteKey
 from common.errors import Code, RefusedError
 
+KEY = SiteKey.from_seed(b"\x04" * 32)
 STUDY, BACKBONE, CODE = b"\x01" * 32, b"\x02" * 32, b"\x03" * 32
 FACTS = StudyFacts(STUDY, BACKBONE, CODE, parties=5, rounds=100, epsilon=3.0, delta=1e-5)
 CEILINGS = Ceilings(
@@ -79,7 +81,9 @@ def test_every_objection_is_listed() -> None:
     assert len(codes) == 8
     bare = dataclasses.replace(worst, epsilon=None, delta=None)
     codes |= {objection.code for objection in objections(bare, CEILINGS, stopped=True)}
-    assert codes == {code for code in Code if code.name.startswith("APPROVAL_")}
+    # The other two are about the record of an approval and the roster, not about a study.
+    elsewhere = {Code.APPROVAL_FORGED, Code.APPROVAL_SITE}
+    assert codes == {code for code in Code if code.name.startswith("APPROVAL_")} - elsewhere
 
 
 def test_an_empty_list_approves_nothing_and_any_approves_all() -> None:
@@ -88,6 +92,62 @@ def test_an_empty_list_approves_nothing_and_any_approves_all() -> None:
     assert objection.code is Code.APPROVAL_STUDY
     every = CEILINGS.model_copy(update={"approved_studies": None})
     assert objections(FACTS, every, stopped=False) == ()
+
+
+def signed(**changes) -> Approval:
+    fields = {
+        "site": "north",
+        "study": STUDY,
+        "code": CODE,
+        "roster": bytes(32),
+        "by": "Dr. Grey",
+        "at": 1,
+        "epsilon": 3.0,
+        "delta": 1e-5,
+    }
+    return Approval(**(fields | changes)).signed(KEY)
+
+
+def test_an_approval_stands_in_for_the_list_of_studies_and_for_nothing_else() -> None:
+    nothing = CEILINGS.model_copy(update={"approved_studies": ()})
+    assert objections(FACTS, nothing, stopped=False, approval=signed()) == ()
+    lower = nothing.model_copy(update={"epsilon": 2.0})
+    (objection,) = objections(FACTS, lower, stopped=False, approval=signed())
+    assert objection.code is Code.APPROVAL_EPSILON
+
+
+@pytest.mark.parametrize(
+    ("approval", "codes", "expected"),
+    [
+        (signed(study=BACKBONE), None, Code.APPROVAL_STUDY),
+        (signed(code=BACKBONE), None, Code.APPROVAL_CODE),
+        (signed(code=BACKBONE), (BACKBONE.hex(),), Code.APPROVAL_CODE),
+        (signed(), (BACKBONE.hex(),), Code.APPROVAL_CODE),
+        (signed(), (), Code.APPROVAL_CODE),
+    ],
+)
+def test_an_approval_of_another_study_or_of_other_code_is_none(
+    approval: Approval, codes: tuple[str, ...] | None, expected: Code
+) -> None:
+    ceilings = CEILINGS.model_copy(update={"approved_code": codes})
+    (objection,) = objections(FACTS, ceilings, stopped=False, approval=approval)
+    assert objection.code is expected
+
+
+def test_a_saved_approval_is_the_same_and_only_its_hospital_made_it(tmp_path) -> None:
+    path = tmp_path / "approval.json"
+    signed().save(path)
+    found = Approval.load(path)
+    assert found == signed()
+    assert found.verified(KEY.public, "north") == found
+    other = SiteKey.from_seed(bytes(32))
+    for public, site in ((other.public, "north"), (KEY.public, "south")):
+        with pytest.raises(RefusedError) as refused:
+            found.verified(public, site)
+        assert refused.value.code is Code.APPROVAL_FORGED
+    bare = signed(epsilon=None, delta=None)
+    bare.save(path)
+    assert Approval.load(path).verified(KEY.public, "north") == bare
 
 
 def test_a_hospital_may_allow_studies_without_privacy() -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from rogue import VICTIM, federation, finish, halt, record, to_site
 
-from client.round import SiteRecord, SiteRound
+from client.round.machine import SiteRound
+from client.round.record import SiteRecord
 from common.errors import Code, ProtocolError
 from common.protocol.wire import BurnRequest, pack
 
 
 def secrets(world):
-    held = world.parties[VICTIM].daemon._machine._secrets
+    held = world.parties[VICTIM].daemon._machine.state.secrets
     return [held.self_secret, *held.seeds.values()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from client.privacy.ledger import Charge
-from client.round import Work
+from client.round.effects import Work
 from client.site import charges_of, site_key
 from common.accountant import DpEvent
 from common.bundle import Bundle

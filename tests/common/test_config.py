@@ -87,7 +87,7 @@ MISTAKES = [
         [
             (
                 "study.yaml:3:1: rounds: unknown key (known here: format, name, task, model, training, "
-                "aggregation, privacy, evaluation, sites, quorum, deadlines, simulation)"
+                "aggregation, privacy, evaluation, acceptance, sites, quorum, deadlines, simulation)"
             )
         ],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -64,6 +65,32 @@ def test_an_error_carries_its_code_and_the_better_remedy() -> None:
     assert plain.remedy == Code.APPROVAL_STOPPED.remedy
 
 
+def _given(source: str) -> set[str]:
+    """The codes that a source raises or tells; one that it only compares with is not among them."""
+    tree = ast.parse(source)
+    compared = {
+        id(node)
+        for comparison in ast.walk(tree)
+        if isinstance(comparison, ast.Compare)
+        for node in ast.walk(comparison)
+    }
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "Code"
+        and id(node) not in compared
+    }
+
+
+def _named(text: str) -> set[str]:
+    """The codes that a text names, by `Code.NAME` or by label."""
+    words = set(re.findall(r"\bCode\.(\w+)|\b(WR-\d{4})\b", text))
+    told = {part for pair in words for part in pair}
+    return {code.name for code in Code if code.name in told or code.label in told}
+
+
 def test_every_code_is_raised_somewhere() -> None:
     sources = [
         path.read_text()
@@ -71,6 +98,20 @@ def test_every_code_is_raised_somewhere() -> None:
         for path in (ROOT / package).rglob("*.py")
         if path.name != "codes.py"
     ]
-    text = "\n".join(sources)
-    unused = [code.name for code in Code if not re.search(rf"\bCode\.{code.name}\b", text)]
-    assert unused == []
+    given = set().union(*(_given(source) for source in sources))
+    assert [code.name for code in Code if code.name not in given] == []
+
+
+def test_every_code_is_named_by_a_test_of_what_raises_it() -> None:
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    named = _named("\n".join(path.read_text() for path in tests))
+    assert [code.name for code in Code if code.name not in named] == []
+
+
+def test_control_a_code_that_nobody_raises_or_names_is_found() -> None:
+    source = (
+        "def f(error):\n    if error.code is Code.USAGE:\n        raise E(Code.ROUND_KIND, 'x')\n"
+    )
+    assert _given(source) == {"ROUND_KIND"}
+    assert _named("Code.ROUND_KINDS, ROUND_KIND, WR-42, WR-42041, xWR-4204") == set()
+    assert _named("Code.ROUND_KIND") == _named('"WR-4204"') == {"ROUND_KIND"}

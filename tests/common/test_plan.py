@@ -116,10 +116,31 @@ def test_evaluation_is_charged_to_held_out_patients_and_defaults_to_the_studys_e
 
 
 def test_the_last_round_is_always_measured():
-    assert evaluation_rounds(5, 2) == (2, 4, 5)
-    assert evaluation_rounds(4, 2) == (2, 4)
-    assert evaluation_rounds(3, 1) == (1, 2, 3)
-    assert evaluation_rounds(1, 1) == (1,)
+    for rounds, every, expected in (
+        (5, 2, (2, 4, 5)),
+        (4, 2, (2, 4)),
+        (3, 1, (1, 2, 3)),
+        (1, 1, (1,)),
+    ):
+        given = study(training={**TRAINING, "rounds": rounds}, evaluation={"every": every})
+        assert evaluation_rounds(given) == expected
+
+
+def test_an_acceptance_gate_measures_the_initial_model_too_and_pays_for_it():
+    gated = study(evaluation={"every": 1}, acceptance={"tolerance": 0.2})
+    plain = study(evaluation={"every": 1})
+    assert evaluation_rounds(gated) == (0, 1, 2, 3, 4)
+    noise = [plan(s, 1925).evaluation.noise_multiplier for s in (gated, plain)]
+    assert noise[0] > noise[1]
+
+
+def test_a_tolerance_below_the_noise_is_warned_about():
+    def told(tolerance):
+        gated = study(evaluation={"every": 1}, acceptance={"tolerance": tolerance})
+        return [w for w in plan(gated, 1925, patients=PATIENTS).warnings if "acceptance" in w]
+
+    assert told(0.01)
+    assert not told(0.99)
 
 
 def test_without_privacy_nothing_is_promised_and_it_says_so():

@@ -57,7 +57,7 @@ def test_the_wheel_names_its_command_and_its_extras(wheel):
         for line in told.splitlines()
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     ]
-    assert not any(re.search(r"torch|transformers|opacus|flwr", line) for line in plain)
+    assert not any(re.search(r"torch|transformers|opacus", line) for line in plain)
 
 
 def sources() -> list[Path]:
@@ -158,7 +158,7 @@ sys.meta_path.insert(0, Guard())
     )
 
 
-HEAVY = ("torch", "opacus", "transformers", "peft", "pyarrow", "matplotlib", "flwr")
+HEAVY = ("torch", "opacus", "transformers", "peft", "pyarrow", "matplotlib")
 
 
 def test_the_coordinators_code_imports_no_torch(tmp_path):

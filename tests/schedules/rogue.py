@@ -10,12 +10,13 @@ from schedule import Schedule, kind_of
 from world import World
 
 from common.crypto.identity import SiteKey
-from common.errors import ProtocolError
+from common.errors import Code, ProtocolError
 from common.protocol.wire import (
     Head,
     Refusal,
     Signed,
     pack,
+    pack_statement,
     sign,
     unpack_body,
     unpack_from_coordinator,
@@ -120,6 +121,15 @@ def flip(data: bytes, at: int = 0) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def spend_budgets(world: World, *sites: str, code: Code = Code.BUDGET_EXCEEDED) -> None:
+    """These sites say of the open round that their patients' budgets are spent."""
+    at = world.coordinator.driver.machine.record.round
+    for site in sites:
+        refusal = Refusal(world.terms.study, site, at, code.label, "")
+        statement = pack_statement(Refusal, sign(world.keys[site], refusal))
+        world.coordinator.receive(site, statement)
+
+
 def head_of(signed: Signed) -> Head:
     head: Head = unpack_body(Head, signed)
     return head
@@ -140,7 +150,7 @@ def fork(value: Any) -> Any:
             setattr(twin, name, copy.copy(part))
         elif isinstance(part, list):
             setattr(twin, name, [copy.copy(p) for p in part])
-        elif name in {"_handshake", "_opening"} and part is not None:
+        elif name in {"state", "handshake", "opening"} and part is not None:
             setattr(twin, name, fork(part))
     return twin
 

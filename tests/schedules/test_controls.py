@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from schedule import Schedule, kind_of
 
-import client.round
-import server.round
+import client.round.machine
+import server.round.collecting
 from client.daemon import SiteDaemon
-from client.round import SendBlob
+from client.round.effects import SendBlob
 from common.crypto import mask
 from common.protocol.effects import Persist
-from common.protocol.wire import BurnRequest, pack
+from common.protocol.wire import BurnRequest, Survivors, pack
 
 
 def run(world: Schedule) -> Schedule:
@@ -92,14 +92,14 @@ def test_an_unmasked_upload_is_caught_in_the_sum(monkeypatch):
 
 
 def test_an_upload_counted_twice_is_caught_in_the_sum(monkeypatch):
-    honest = server.round.add_packed
+    honest = server.round.collecting.add_packed
 
     def twice(accumulator, planes, bits):
         honest(accumulator, planes, bits)
         if bits == 64:
             np.add(accumulator, 1, out=accumulator)
 
-    monkeypatch.setattr(server.round, "add_packed", twice)
+    monkeypatch.setattr(server.round.collecting, "add_packed", twice)
     with pytest.raises(AssertionError):
         run(Schedule(4, seed="control", rounds=2)).check()
 
@@ -120,9 +120,9 @@ def test_both_secrets_of_one_site_are_caught():
 
 
 def test_a_stray_exception_is_not_swallowed(monkeypatch):
-    def broken(self, message):
+    def broken(state, message):
         raise KeyError("a bug")
 
-    monkeypatch.setitem(client.round.SiteRound._HANDLERS, client.round.Survivors, broken)
+    monkeypatch.setitem(client.round.machine.HANDLERS, Survivors, broken)
     with pytest.raises(KeyError):
         run(Schedule(4, seed="control", rounds=2))

@@ -7,6 +7,7 @@ import pytest
 from schedule import play
 from world import Crash, World
 
+from client.round.chain import from_base
 from common.errors import Code, ProtocolError
 from common.protocol.terms import METRIC_BITS, STATISTIC_LANE
 from common.protocol.transcript import Chain, advance, dump_state
@@ -14,6 +15,7 @@ from common.protocol.wire import RoundStart, pack, unpack_from_coordinator
 from common.secagg.masking import Lane
 from common.statistics import DEVIATION, MEAN
 from common.tensors import state_digest
+from server.round import collecting
 
 KINDS = ["statistics", "train", "train", "train", "evaluate"]
 
@@ -157,19 +159,19 @@ def test_a_coordinator_that_shows_another_normalisation_is_refused():
     start = served(world, "site-01")
     world.parties["site-01"].kill()
     world.parties["site-01"].start()  # it has lost its state and needs it served
-    machine = world.parties["site-01"].daemon._machine
+    state = world.parties["site-01"].daemon._machine.state
     base = world.chains[0].state
     shown = dict(base)
     shown[MEAN] = shown[MEAN] + np.float32(0.01)
     with pytest.raises(ProtocolError) as caught:
-        machine._from_base(start.link, memoryview(dump_state(world.terms, shown)))
+        from_base(state, start.link, memoryview(dump_state(world.terms, shown)))
     assert caught.value.code is Code.LINK_STATE
-    honest = machine._from_base(start.link, memoryview(dump_state(world.terms, base)))
+    honest = from_base(state, start.link, memoryview(dump_state(world.terms, base)))
     assert honest.state_digest == start.link.header.state
 
 
 @pytest.mark.parametrize("hostile", [False, True])
-def test_hospitals_that_are_shown_two_normalisations_never_mask_together(hostile):
+def test_hospitals_that_are_shown_two_normalisations_never_mask_together(monkeypatch, hostile):
     """Honest or hostile, a coordinator cannot bring them into one sum: their heads differ."""
     world = World(4, features=2)
     world.start()
@@ -185,10 +187,9 @@ def test_hospitals_that_are_shown_two_normalisations_never_mask_together(hostile
             return [(sender, recipient, pack(replace(message, link=forged[0])))]
         return [(sender, recipient, payload)]
 
-    machine = world.coordinator.driver.machine
     if hostile:
-        machine._check_ready = lambda *_: None
-        machine._drop_disagreeing = lambda: None
+        monkeypatch.setattr(collecting, "_check_ready", lambda *_: None)
+        monkeypatch.setattr(collecting, "_drop_disagreeing", lambda _: None)
     letters = [world.queue.popleft() for _ in range(len(world.queue))]
     world.network = network
     world.queue.extend(new for letter in letters for new in network(*letter))
@@ -214,7 +215,7 @@ def test_the_same_sums_give_the_same_state_in_every_order_and_twice():
     world = World(3, features=3)
     world.start()
     world.run(until=lambda: len(world.rounds) == 1)
-    link = world.coordinator.driver.machine._link
+    link = world.coordinator.driver.machine.state.link
     genesis = Chain.genesis(world.terms, state_digest(world.terms.initial))
     first = advance(world.terms, genesis, link, state_digest)
     again = advance(world.terms, genesis, link, state_digest)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from client.daemon import SiteDaemon
-from client.round import SiteRound, Work, Worked
+from client.round.effects import Work, Worked
+from client.round.machine import SiteRound
 from common.crypto.identity import SiteKey
 from common.errors import Code, StorageError
 from common.protocol.terms import Terms
@@ -27,7 +28,9 @@ from common.strategy import OptimizerSettings, ServerOptimizer
 from common.tensors import Layout, TensorSpec
 from common.world import ManualClock, MemoryJournal, SeededEntropy
 from server.driver import CoordinatorDriver
-from server.round import Aborted, Completed, CoordinatorRound, Deadlines
+from server.round.effects import Aborted, Completed
+from server.round.machine import CoordinatorRound
+from server.round.state import Deadlines
 
 TRACER_EXPONENT = 12
 

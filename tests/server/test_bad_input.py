@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PLAIN = {"privacy": {"mode": "none", "epsilon": None, "delta": None, "clip_norm": None}}
 HEADER = "patient,hospital,text,label\n"
 MEGABYTE = 1 << 20
@@ -102,6 +106,57 @@ def _pickled_model(folder):
     (folder / "study.yaml").write_text(json.dumps(study, indent=1))
 
 
+def _backbone(folder, value):
+    study = json.loads((folder / "study.yaml").read_text())
+    study["model"]["backbone"] = str(value)
+    (folder / "study.yaml").write_text(json.dumps(study, indent=1))
+
+
+def _copied_model(folder):
+    study = json.loads((folder / "study.yaml").read_text())
+    shutil.copytree(study["model"]["backbone"], folder / "copied")
+    _backbone(folder, folder / "copied")
+    return folder / "copied"
+
+
+def _a_file_for_a_model(folder):
+    (folder / "model.bin").write_bytes(b"weights")
+    _backbone(folder, folder / "model.bin")
+
+
+def _no_such_model(folder):
+    _backbone(folder, folder / "nowhere")
+
+
+def _no_such_package(folder):
+    _backbone(folder, "package:nobody_has_this/model")
+
+
+def _outside_the_package(folder):
+    _backbone(folder, "package:common/../client")
+
+
+def _model_without_tokenizer(folder):
+    for path in _copied_model(folder).glob("tokenizer*"):
+        path.unlink()
+
+
+def _model_with_broken_config(folder):
+    (_copied_model(folder) / "config.json").write_text("{")
+
+
+def _model_cut_short(folder):
+    path = _copied_model(folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _no_simulation(folder):
+    study = json.loads((folder / "study.yaml").read_text())
+    del study["simulation"]
+    study["sites"] = [{"id": name} for name in ("east", "north", "south", "west")]
+    (folder / "study.yaml").write_text(json.dumps(study, indent=1))
+
+
 def _typo(folder):
     _replace(folder / "study.yaml", '"rounds"', '"ronds"')
 
@@ -123,6 +178,14 @@ CASES = {
     "a patient in train and test": (_overlap, 3, "WR-2010", "test.csv:2", "one side"),
     "a folder that is no model": (_no_model, 3, "WR-2101", "no-model", ""),
     "a pickled model": (_pickled_model, 3, "WR-21", "pickled", ""),
+    "a file for a model folder": (_a_file_for_a_model, 3, "WR-2101", "model.bin", "config.json"),
+    "a model folder that is not there": (_no_such_model, 3, "WR-2101", "nowhere", "config.json"),
+    "a model package that is not there": (_no_such_package, 3, "WR-2101", "nobody_has", "Install"),
+    "a folder beside the package": (_outside_the_package, 3, "WR-2101", "common/../client", ""),
+    "a model without a tokenizer": (_model_without_tokenizer, 3, "WR-2101", "copied", "tokenizer"),
+    "a model with a broken config": (_model_with_broken_config, 3, "WR-2101", "copied", ""),
+    "a model cut short": (_model_cut_short, 3, "WR-21", "copied", ""),
+    "a study that is no simulation": (_no_simulation, 2, "WR-1090", "tiny", "split"),
     "a misspelt key": (_typo, 2, "WR-1004", "study.yaml:", "Correct every line"),
 }
 
@@ -149,6 +212,143 @@ def test_every_bad_input_is_told_with_its_place_and_fix(make_study, wardround, t
     assert fault["code"].startswith(code)
     assert fault["remedy"]
     assert problems == ""
+
+
+# ---------------------------------------------------------------------------- numbers
+def _labs(folder, suffix=".csv"):
+    """The tabular example of configs/ in a folder of its own; its records, as rows of cells."""
+    study = (CONFIGS / "tabular.yaml").read_text()
+    (folder / "study.yaml").write_text(study.replace("data/synthetic-labs.csv", f"labs{suffix}"))
+    lines = (CONFIGS / "data" / "synthetic-labs.csv").read_text().splitlines()
+    names, *rows = [line.split(",") for line in lines]
+    return names, rows
+
+
+def _write_csv(folder, names, rows):
+    (folder / "labs.csv").write_text("\n".join(",".join(row) for row in [names, *rows]) + "\n")
+
+
+NUMBERS = [
+    "inf",
+    "-inf",
+    "nan",
+    "NaN",
+    "Infinity",
+    "1e999",
+    "-1e400",
+    "0x10",
+    "1_000",
+    "five",
+    "1 2",
+]
+
+
+@pytest.mark.parametrize("cell", NUMBERS)
+def test_a_number_that_is_none_is_told_with_its_line_and_column(wardround, tmp_path, cell):
+    names, rows = _labs(tmp_path)
+    rows[9][names.index("crp")] = cell
+    _write_csv(tmp_path, names, rows)
+    out = tmp_path / "out"
+    for verb in (
+        ("simulate", tmp_path / "study.yaml", "--out", out),
+        ("plan", tmp_path / "study.yaml"),
+    ):
+        status, told, problems = wardround(*verb)
+        assert status == 3
+        assert "WR-2008" in problems
+        assert "labs.csv:11: column crp" in problems
+        assert "Correct or remove the record" in problems
+        assert "Traceback" not in told + problems
+        assert cell not in problems.partition("column crp")[2], "no cell is repeated"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("cell", ["", " ", "?", "1e3", "+.5", "-0", " 7 "])
+def test_control_a_missing_value_and_an_unusual_number_are_read(wardround, tmp_path, cell):
+    names, rows = _labs(tmp_path)
+    rows[9][names.index("crp")] = cell
+    _write_csv(tmp_path, names, rows)
+    assert wardround("plan", tmp_path / "study.yaml")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "place"),
+    [
+        ("Infinity", "WR-2002", "labs.ndjson:10:"),
+        ("NaN", "WR-2002", "labs.ndjson:10:"),
+        ("1e999", "WR-2008", "labs.ndjson:10: column crp"),
+        ("1" + "0" * 400, "WR-2008", "labs.ndjson:10: column crp"),
+        ("true", "WR-2008", "labs.ndjson:10: column crp"),
+        ("[7]", "WR-2008", "labs.ndjson:10: column crp"),
+        ("1" + "0" * 5000, "WR-2002", "labs.ndjson:10:"),
+        ("null", "", ""),
+        ("7", "", ""),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_the_same_holds_for_numbers_in_json(wardround, tmp_path, text, code, place):
+    names, rows = _labs(tmp_path, ".ndjson")
+    lines = []
+    for at, row in enumerate(rows):
+        cells = [
+            f'"{name}": {cell or "null"}'
+            if name in {"age", "systolic", "crp", "heart_rate"}
+            else f'"{name}": {json.dumps(cell)}'
+            for name, cell in zip(names, row, strict=True)
+            if not (at == 9 and name == "crp")
+        ]
+        lines.append("{" + ", ".join([*cells, f'"crp": {text}'] if at == 9 else cells) + "}")
+    (tmp_path / "labs.ndjson").write_text("\n".join(lines).replace(": ?", ": null") + "\n")
+    status, told, problems = wardround("plan", tmp_path / "study.yaml")
+    assert (status == 3) is bool(code), problems
+    assert code in problems
+    assert place in problems
+    assert "Traceback" not in told + problems
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), None, 7.0])
+def test_the_same_holds_for_numbers_in_parquet(wardround, tmp_path, value):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names, rows = _labs(tmp_path, ".parquet")
+    columns = {}
+    for at, name in enumerate(names):
+        cells = [row[at] for row in rows]
+        if name not in {"patient", "hospital", "label"}:
+            cells = [float(cell) if cell not in {"", "?"} else None for cell in cells]
+        columns[name] = cells
+    columns["crp"][9] = value
+    parquet.write_table(pa.table(columns), tmp_path / "labs.parquet")
+    status, _, problems = wardround("plan", tmp_path / "study.yaml")
+    bad = value is not None and value != 7.0
+    assert status == (3 if bad else 0)
+    assert ("labs.parquet:10: column crp is not a finite number" in problems) is bad
+
+
+# ------------------------------------------------------------------------ the machine's faults
+@pytest.mark.parametrize("at", [1, 2, 12, 40])
+def test_a_disk_that_fills_up_is_told_with_what_to_do(
+    make_study, wardround, tmp_path, monkeypatch, at
+):
+    """At every one of these writes the run stops, names a file and loses nothing it had."""
+    study = make_study({**PLAIN, "training": {"rounds": 1}})
+    real, counted = os.write, [0]
+
+    def write(handle, data):
+        counted[0] += handle > 2
+        if handle > 2 and counted[0] >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", write)
+    status, told, problems = wardround("simulate", study, "--out", tmp_path / "out")
+    assert counted[0] >= at, "the disk was full before the end"
+    assert status == 7
+    assert "No space left on device" in problems
+    assert "what to do: Free disk space" in problems
+    assert "Traceback" not in told + problems
+    assert (tmp_path / "notes.csv").exists()
 
 
 def test_a_label_that_one_site_lacks_is_noted_and_the_run_goes_on(make_study, wardround, tmp_path):

@@ -325,6 +325,12 @@ def test_spent_budgets_end_the_run_early_and_keep_what_was_reached(make_study, w
     assert "of 12 rounds are complete" in problems
     assert f"wardround resume {out}" in problems
     assert (out / "model-so-far" / "model.safetensors").is_file()
+    for owner in ("coordinator", "east"):  # the machine decided, and every hospital checked it
+        events = [
+            json.loads(e) for e in (out / "audit" / f"{owner}.jsonl").read_text().splitlines()
+        ]
+        (end,) = [e for e in events if e["event"] == "run.finished"]
+        assert end["fields"]["verdict"] == Code.BUDGETS_SPENT.label
     spent = json.loads(wardround("privacy", out, "--json")[1])["ledgers"]
     assert all(line["epsilon"] <= 8 for line in spent)
     before = [line["epsilon"] for line in spent]
@@ -453,6 +459,16 @@ def test_a_plan_needs_no_bundle(make_study, wardround, tmp_path):
     assert found["parameters"] == 3 * 16 + 3
     told = wardround("plan", study)[1]
     assert told.splitlines()[-1] == f"next: wardround simulate {study}"
+
+
+def test_a_plan_says_the_seconds_of_a_round_on_a_given_line(make_study, wardround):
+    study = make_study()
+
+    def seconds(*more):
+        return json.loads(wardround("plan", study, "--json", *more)[1])["seconds_network"]
+
+    assert seconds("--megabits", 4) == pytest.approx(25 * seconds())  # 100 Mbit/s unless told
+    assert wardround("plan", study, "--megabits", 0)[0] == 2
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["parameters given", "model built"])

@@ -137,7 +137,7 @@ def _ledger(path, cap):
 
 def test_a_hospital_whose_budget_is_spent_does_not_count(run, tmp_path):
     from client.privacy.ledger import Charge, RoundId
-    from client.round import Work
+    from client.round.effects import Work
     from server.simulate import _permissive
 
     bundle = Bundle.load(run / "state" / "bundle")
@@ -162,13 +162,11 @@ def test_a_hospital_whose_budget_is_spent_does_not_count(run, tmp_path):
         keys_digest="",
         ceilings=_permissive(bundle.study, bundle.digest),
         kill_switch=tmp_path / "STOP",
-        learner=lambda: None,
+        trainer=Untouched,
         split_id=split,
-        device="cpu",
         entropy=SeededEntropy("n"),
     )
     worker = HospitalWorker(setup, ledger)
-    worker._trainer = Untouched()
     request = Work(1, 0, {}, trains=False, measures=False, counts=True)
     with pytest.raises(RefusedError) as caught:
         worker.work(request)
@@ -178,7 +176,6 @@ def test_a_hospital_whose_budget_is_spent_does_not_count(run, tmp_path):
     # Control: with room under the cap the same request is served, and charged first.
     roomy = _ledger(tmp_path / "r.sqlite", 10)
     worker = HospitalWorker(setup, roomy)
-    worker._trainer = Untouched()
     assert worker.work(request).statistics is not None
     assert asked == ["statistics"]
     assert [r.body["work"] for r in roomy.history() if r.kind == "charge"] == ["statistics"]

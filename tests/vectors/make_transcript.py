@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "schedules"))
 import world as schedules
 
 from client.handshake import Handshake
-from client.round import SiteRound, Worked
+from client.round import upload
+from client.round.effects import Worked
 from common.crypto.digest import decode
 from common.protocol import transcript, wire
 from common.strategy import OptimizerSettings, ServerOptimizer
@@ -100,21 +101,21 @@ class Recorder:
         return [(sender, recipient, payload)]
 
     def run(self) -> None:
-        finish, mask = Handshake.finish, SiteRound._mask
+        finish, mask = Handshake.finish, upload._mask
         recorder = self
 
         def tapped_finish(handshake, message):
             recorder.handshakes[handshake._site] = handshake
             return finish(handshake, message)
 
-        def tapped_mask(machine, *arguments):
-            at = (machine.record.round, machine._site)
-            recorder.secrets[at] = machine._secrets.self_secret
-            return mask(machine, *arguments)
+        def tapped_mask(state, *arguments):
+            at = (state.record.round, state.site)
+            recorder.secrets[at] = state.secrets.self_secret
+            return mask(state, *arguments)
 
         with (
             patch.object(Handshake, "finish", tapped_finish),
-            patch.object(SiteRound, "_mask", tapped_mask),
+            patch.object(upload, "_mask", tapped_mask),
         ):
             self.world.start()
             self.world.run()

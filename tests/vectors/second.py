@@ -209,7 +209,8 @@ class Run:
             self.log.setdefault((tag, party), []).append(tuple(fields))
         self.state = {n: [shape, unpack_f32(v)] for n, (shape, v) in terms["initial"].items()}
         self.exponents = tuple(terms["exponents"])
-        self.prev, self.link = ZERO, ()
+        self.features = terms.get("features", 0)
+        self.prev, self.link, self.burns, self.epoch = ZERO, (), (), 0
 
     def told(self, tag: str, site: str, *fields) -> None:
         """The next message of this kind to or from a site; lost answers are asked for again."""
@@ -229,9 +230,17 @@ class Run:
         for site in self.sites:
             hello, _ = self.said("Hello", "hello", site)
             must(hello == (self.study, site, 0, 0, 0), "a hello")
-        self.handshake()
-        for number in range(1, self.terms["turns"] + 2):
-            Round(self, number, self.derived["rounds"][number - 1]).check()
+        self.members = self.sites
+        while convicted := self.handshake():
+            self.members = [site for site in self.members if site != convicted]
+            must(len(self.members) >= self.quorum, "an epoch below the quorum")
+        must(self.epoch == len(self.derived.get("epochs", [0])), "the number of epochs")
+        number, turn = 0, 0 if self.features else 1
+        completed = iter(self.derived["rounds"])
+        while turn <= self.terms["turns"] + 1:
+            number += 1
+            turn += Round(self, number, turn).check(completed)
+        must(next(completed, None) is None, "a round that was not played")
         for site in self.sites:
             self.told("Finished", site, self.study, self.run, (self.link,), ())
         must(not any(self.log.values()), "a message that the protocol has no place for")
@@ -244,64 +253,95 @@ class Run:
         })  # fmt: skip
 
     # -------------------------------------------------------------------------- handshake
-    def handshake(self) -> None:
-        sites = self.sites
-        self.run = self.log["HandshakeOpen", sites[0]][0][1]
+    def handshake(self) -> str | None:
+        """One epoch among the members; the member that its dispute convicts, if there is one."""
+        members = self.members
+        secrets, derived = (
+            part["epochs"][self.epoch] if "epochs" in part else part
+            for part in (self.secrets, self.derived)
+        )
+        self.epoch += 1
+        self.run = self.log["HandshakeOpen", members[0]][0][1]
         must(len(self.run) == 32, "the run id")
-        x25519 = {s: bytes.fromhex(self.secrets["x25519"][s]) for s in sites}
+        x25519 = {s: bytes.fromhex(secrets["x25519"][s]) for s in members}
         kem = {
-            s: MLKEM768PrivateKey.from_seed_bytes(bytes.fromhex(self.secrets["mlkem_seed"][s]))
-            for s in sites
+            s: MLKEM768PrivateKey.from_seed_bytes(bytes.fromhex(secrets["mlkem_seed"][s]))
+            for s in members
         }
         publics, keys = {}, []
-        for s in sites:
-            self.told("HandshakeOpen", s, self.study, self.run, 1, tuple(sites))
+        for s in members:
+            self.told("HandshakeOpen", s, self.study, self.run, self.epoch, tuple(members))
             publics[s] = X25519PrivateKey.from_private_bytes(x25519[s]).public_key()
             said, statement = self.said("RunKey", "run-key", s)
             raw = publics[s].public_bytes_raw(), kem[s].public_key().public_bytes_raw()
-            must(said[:6] == (self.study, self.run, 1, s, *raw) and len(said[6]) == 32, "a run key")
+            must(
+                said[:6] == (self.study, self.run, self.epoch, s, *raw) and len(said[6]) == 32,
+                "a run key",
+            )
             keys.append(statement)
-        self.rt = h("handshake", self.study, self.run, 1, [body for body, _ in keys])
-        must(self.rt.hex() == self.derived["rt"], "rt")
+        self.rt = h("handshake", self.study, self.run, self.epoch, [body for body, _ in keys])
+        must(self.rt.hex() == derived["rt"], "rt")
         statements, sent = {}, {}
-        for u in sites:
-            self.told("RunKeys", u, 1, tuple(keys))
+        for u in members:
+            self.told("RunKeys", u, self.epoch, tuple(keys))
             statement, sent[u] = self.log["EncapsulationUpload", u][0]
             self.told("EncapsulationUpload", u, statement, sent[u])
             signed(self.roster[u], "encapsulations", *statement)
-            digests = {v: h("ciphertext", sent[u][v]) for v in sites if v > u}
+            digests = {v: h("ciphertext", sent[u][v]) for v in members if v > u}
             must(dec(statement[0]) == (self.rt, u, digests) and set(sent[u]) == set(digests), "cts")
             statements[u] = statement
         self.keys = {}
-        for v in sites:
-            for u in (s for s in sites if s < v):
+        for v in members:
+            for u in (s for s in members if s < v):
                 shared = kem[v].decapsulate(sent[u][v])
-                must(shared.hex() == self.secrets["mlkem_shared"][f"{u} {v}"], "a shared secret")
+                must(shared.hex() == secrets["mlkem_shared"][f"{u} {v}"], "a shared secret")
                 secret = X25519PrivateKey.from_private_bytes(x25519[v]).exchange(
                     X25519PublicKey.from_public_bytes(publics[u].public_bytes_raw())
                 )
                 extracted = hmac.new(self.rt, secret + shared, hashlib.sha256).digest()
                 info = enc(("wardround/v1/pair-key", u, v, hashlib.sha256(sent[u][v]).digest()))
                 self.keys[u, v] = self.keys[v, u] = hkdf(extracted, info)
-                must(self.keys[u, v].hex() == self.derived["pair_keys"][f"{u} {v}"], "a pair key")
-        confirmations = []
-        for v in sites:
-            earlier = [u for u in sites if u < v]
+                must(self.keys[u, v].hex() == derived["pair_keys"][f"{u} {v}"], "a pair key")
+        self.ratchet = 0
+        for v in members:
+            earlier = [u for u in members if u < v]
             self.told(
                 "EncapsulationSet", v, self.rt, tuple(statements[u] for u in earlier),
                 {u: sent[u][v] for u in earlier},
             )  # fmt: skip
+        return self.confirmed(
+            {s: (x25519[s], bytes.fromhex(secrets["mlkem_seed"][s])) for s in members}
+        )
+
+    def confirmed(self, reveals: dict[str, tuple[bytes, bytes]]) -> str | None:
+        """Everybody's tags; who is convicted by the disputes that wrong ones bring."""
+        confirmations, shown, wrong = [], {}, []
+        for v in self.members:
             said, statement = self.said("Confirm", "confirm", v)
-            tags = {
-                u: expand(self.keys[v, u], "confirm-tag", self.rt, v, u, length=16)
-                for u in sites if u != v
-            }  # fmt: skip
-            must(said == (self.rt, v, tags), "a confirmation")
+            must(said[:2] == (self.rt, v) and set(said[2]) == set(self.members) - {v}, "tags")
+            shown[v] = said[2]
             confirmations.append(statement)
-        for v in sites:
+        for v in self.members:
+            for u in (s for s in self.members if s != v):
+                tag = expand(self.keys[v, u], "confirm-tag", self.rt, v, u, length=16)
+                if shown[v][u] != tag:
+                    wrong.append((v, u))
+        must(len(wrong) <= 1, "more than one wrong confirmation")
+        for v in self.members:
             self.told("ConfirmSet", v, self.rt, tuple(confirmations))
-            must(self.said("Established", "established", v)[0] == (self.rt, v), "established")
-        self.ratchet = 0
+            if v not in [receiver for _, receiver in wrong]:
+                must(self.said("Established", "established", v)[0] == (self.rt, v), "established")
+        if not wrong:
+            return None
+        culprit, victim = wrong[0]
+        # The later one of a pair holds the ML-KEM key: its reveal rebuilds the pair's key.
+        later = max(culprit, victim)
+        if later != victim:
+            self.told("RevealRequest", later, self.rt, victim)
+        for site, peer in {victim: culprit, later: min(culprit, victim)}.items():
+            said, _ = self.said("Dispute", "dispute", site)
+            must(said == (self.rt, site, peer, *reveals[site]), "a reveal")
+        return culprit  # the revealed keys and the ciphertext fit: its tag alone is wrong
 
     def ratcheted(self, number: int) -> dict[tuple[str, str], bytes]:
         while self.ratchet < number:
@@ -311,16 +351,19 @@ class Run:
 
 
 class Round:
-    def __init__(self, run: Run, number: int, derived: dict) -> None:
-        self.run, self.number, self.derived = run, number, derived
-        self.trains = number <= run.terms["turns"]
+    def __init__(self, run: Run, number: int, turn: int) -> None:
+        self.run, self.number, self.sites = run, number, run.members
+        self.trains = 1 <= turn <= run.terms["turns"]
+        self.kind = "train" if self.trains else "evaluate" if turn else "statistics"
         self.lanes = []
         if self.trains:
             self.lanes.append((0, run.bits, sum(run.sizes)))
-        if number > 1:
+        if turn > 1:
             self.lanes.append((1, 64, run.terms["metric_words"]))
+        if turn == 0:
+            self.lanes.append((2, 64, 3 * run.features))
         self.header = (
-            run.study, run.run, run.rt, number, "train" if self.trains else "evaluate", number,
+            run.study, run.run, run.rt, number, self.kind, turn,
             run.digest(), run.prev, tuple(self.lanes), run.exponents,
         )  # fmt: skip
         self.hh = h("header", *self.header)
@@ -330,43 +373,60 @@ class Round:
     def same(self, name: str, value: bytes) -> None:
         must(value.hex() == self.derived[name], name)
 
-    def check(self) -> None:
+    def check(self, completed) -> int:
+        """1 where the round gave an aggregate, 0 where it was burned."""
         run = self.run
-        self.same("hh", self.hh)
         start = (
-            run.study,
-            run.run,
-            1,
-            self.number,
-            self.header[4],
-            run.link and (run.link,),
-            (),
-            (),
-        )
-        for s in run.sites:
+            run.study, run.run, run.epoch, self.number, self.kind, run.link and (run.link,), (),
+            run.burns,
+        )  # fmt: skip
+        for s in self.sites:
             run.told("RoundStart", s, *start)
         self.ready()
         self.uploads()
+        request = (run.study, run.run, self.number)
+        if (run.log.get(("BurnRequest", run.sites[0])) or [()])[0] == request:
+            self.burn(request)
+            return 0
+        self.derived = next(completed)
+        self.same("hh", self.hh)
+        self.same("uh1", self.uh1)
+        must(self.derived["uploads"] == self.recorded, "an upload")
         self.agree()
         self.unmask()
+        return 1
+
+    def burn(self, request: tuple) -> None:
+        """Q parties swear that they never agree in this round: its number is used up."""
+        run, said = self.run, {}
+        for s in run.sites:
+            run.told("BurnRequest", s, *request)
+            if run.log.get(("Burn", s)):
+                body, said[s] = run.said("Burn", "burn", s)
+                must(body == (*request, s), "a burn")
+        *_, shown = run.log["RoundStart", self.sites[0]][0]
+        new = shown[len(run.burns) :]
+        signers = [dec(body)[3] for body, _ in new]
+        must(len(set(signers)) >= run.quorum and signers == sorted(signers), "a burn certificate")
+        must(new == tuple(said[s] for s in signers), "a burn certificate's statements")
+        run.burns += new
 
     # ------------------------------------------------------------------------------ ready
     def ready(self) -> None:
         run = self.run
         self.heads, self.statements, self.blobs, sealed = {}, {}, {}, {}
-        for s in run.sites:
+        for s in self.sites:
             statement, self.blobs[s], sealed[s] = run.log["Ready", s][0]
             run.told("Ready", s, statement, self.blobs[s], sealed[s])
             signed(run.roster[s], "ready", *statement)
             self.heads[s], self.statements[s] = dec(statement[0]), statement
-        self.digests = {s: h("head", self.statements[s][0]) for s in run.sites}
+        self.digests = {s: h("head", self.statements[s][0]) for s in self.sites}
         self.uh1 = h("participants", self.hh, self.digests)
-        self.same("uh1", self.uh1)
-        for s in run.sites:
-            shares = {v: sealed[v][s] for v in run.sites if v != s}
+        for s in self.sites:
+            shares = {v: sealed[v][s] for v in self.sites if v != s}
             run.told("Participants", s, self.number, tuple(self.statements.values()), shares)
         self.opened = {}
-        for u in run.sites:
+        for u in self.sites:
             head = self.heads[u]
             must(
                 head[:3] == (self.hh, self.number, u) and head[5] == h("blob", self.blobs[u]),
@@ -378,7 +438,7 @@ class Round:
             before = run.inputs.get(str(self.number - 1), {})
             seen = {v: (x["ledger"][0], bytes.fromhex(x["ledger"][1])) for v, x in before.items()}
             must(head[10] == {v: w for v, w in seen.items() if v != u}, "a witness")
-            must(set(head[8]) == set(sealed[u]) == set(run.sites) - {u}, "a head's pairs")
+            must(set(head[8]) == set(sealed[u]) == set(self.sites) - {u}, "a head's pairs")
             for v, ciphertext in sealed[u].items():
                 key = expand(self.keys[u, v], "share-key", self.hh, u, v, head[3], head[4])
                 plain = AESGCM(key).decrypt(bytes(12), ciphertext, enc((self.hh, u, v)))
@@ -399,7 +459,7 @@ class Round:
 
     def rebuilt(self, dealer: str, where: slice) -> bytes:
         """A dealer's secret, from what the other sites hold."""
-        holders = [v for v in self.run.sites if v != dealer][: self.run.quorum]
+        holders = [v for v in self.sites if v != dealer][: self.run.quorum]
         points = {v: self.run.sites.index(v) + 1 for v in holders}
         return combine({points[v]: self.opened[dealer, v][where] for v in holders})
 
@@ -407,20 +467,22 @@ class Round:
     def uploads(self) -> None:
         run = self.run
         self.plain, self.roots, self.sent, self.receipts = {}, {}, {}, {}
-        for u in run.sites:
+        self.recorded = {}
+        for u in self.sites:
             secret = self.rebuilt(u, slice(0, 33))
-            must(secret.hex() == run.secrets["self"][f"{self.number} {u}"], "a self secret")
+            if "self" in run.secrets:
+                must(secret.hex() == run.secrets["self"][f"{self.number} {u}"], "a self secret")
             must(h("self-commitment", self.hh, u, secret) == self.heads[u][3], "a commitment")
             recovery = self.rebuilt(u, slice(33, 66))
             must(h("recovery-commitment", self.hh, u, recovery) == self.heads[u][4], "a commitment")
             key = expand(recovery, "blob-key", self.hh, u)
-            seeds = b"".join(self.seed(u, v) for v in run.sites if v != u)
+            seeds = b"".join(self.seed(u, v) for v in self.sites if v != u)
             must(
                 AESGCM(key).encrypt(bytes(12), seeds, enc((self.hh, u))) == self.blobs[u], "a blob"
             )
             masks = [(1, secret, "self-stream")]
             masks += [
-                (1 if u < v else -1, self.seed(u, v), "pair-stream") for v in run.sites if v != u
+                (1 if u < v else -1, self.seed(u, v), "pair-stream") for v in self.sites if v != u
             ]
             planes, trees = [], []
             for lane, words in zip(self.lanes, self.words(u), strict=True):
@@ -433,8 +495,7 @@ class Round:
             run.told("Upload", u, statement, tuple(planes))
             signed(run.roster[u], "upload", body, signature)
             must(dec(body) == (self.uh1, u, self.roots[u]), "a receipt")
-            recorded = [self.roots[u].hex(), *(plane[:16].hex() for plane in planes)]
-            must(self.derived["uploads"][u] == recorded, "an upload")
+            self.recorded[u] = [self.roots[u].hex(), *(plane[:16].hex() for plane in planes)]
             self.sent[u], self.receipts[u] = planes, statement
 
     def words(self, u: str) -> list[list[int]]:
@@ -445,8 +506,10 @@ class Round:
             grid = [e for e, n in zip(run.exponents, run.sizes, strict=True) for _ in range(n)]
             update = zip(unpack_f32(given["update"]), grid, strict=True)
             lanes.append([quantised(x, f32(run.weights[u]), e, self.limit) for x, e in update])
-        if self.number > 1:
+        if self.lanes[-1][0] == 1:
             lanes.append(given["metrics"])
+        if self.lanes[-1][0] == 2:
+            lanes.append(given["statistics"])
         return lanes
 
     def add(self, words: list[int], masks: list, lane: tuple[int, int, int]) -> list[int]:
@@ -462,7 +525,7 @@ class Round:
     # -------------------------------------------------------------------- agree and unmask
     def agree(self) -> None:
         run = self.run
-        _, receipts = run.log["Survivors", run.sites[0]][0]
+        _, receipts = run.log["Survivors", self.sites[0]][0]
         self.survivors = [dec(body)[1] for body, _ in receipts]
         expected = tuple(self.receipts[s] for s in self.survivors)
         must(len(expected) >= run.quorum and self.survivors == sorted(set(self.survivors)), "U2")
@@ -473,14 +536,14 @@ class Round:
             run.told("Survivors", s, self.number, expected)
             body, said[s] = run.said("Agree", "agree", s)
             must(body == (run.study, run.run, self.number, s, self.uh2), "an agreement")
-        _, self.agreements = run.log["Agreements", run.sites[0]][0]
+        _, self.agreements = run.log["Agreements", self.sites[0]][0]
         signers = [dec(body)[3] for body, _ in self.agreements]
         must(len(set(signers)) == run.quorum and signers == sorted(signers), "a certificate")
         must(self.agreements == tuple(said[s] for s in signers), "a certificate's statements")
 
     def unmask(self) -> None:
         run = self.run
-        dropouts = [s for s in run.sites if s not in self.survivors]
+        dropouts = [s for s in self.sites if s not in self.survivors]
         released: dict[str, tuple] = {}
         for s in self.survivors:
             if ("Agreements", s) not in run.log or not run.log["Agreements", s]:
@@ -517,7 +580,7 @@ class Round:
         for v in dropouts:
             key = expand(secret(v, 3), "blob-key", self.hh, v)
             blob = AESGCM(key).decrypt(bytes(12), self.blobs[v], enc((self.hh, v)))
-            peers = [s for s in run.sites if s != v]
+            peers = [s for s in self.sites if s != v]
             for index, s in enumerate(peers):
                 if s in self.survivors:
                     masks.append(
@@ -544,17 +607,18 @@ class Round:
         run.prev = h("commit", self.uh2, [tree([words]) for words in sums])
         self.same("commit", run.prev)
         roots = {s: self.roots[s] for s in self.survivors}
-        run.link = (self.header, self.digests, roots, self.agreements, sums)
+        run.link, run.burns = (self.header, self.digests, roots, self.agreements, sums), ()
+        if self.kind == "statistics":
+            self.count([centred(word, 64) for word in words_of([sums[0]], 64)])
         if self.trains:
             self.step([centred(word, run.bits) for word in words_of([sums[0]], 32)])
         must(run.digest().hex() == self.derived["state"], "the state")
         must(list(run.exponents) == self.derived["exponents"], "the exponents")
 
     def step(self, total: list[int]) -> None:
-        """FedAvgM on the mean update, and the next exponents."""
+        """The server optimiser on the mean update, and the next exponents."""
         run, at, following = self.run, 0, []
         weight = math.fsum(run.weights[s] for s in self.survivors)
-        rate, momentum = f32(run.terms["learning_rate"]), f32(run.terms["momentum"])
         largest = Fraction(max(run.weights.values()))
         for (name, _), size, exponent in zip(
             run.terms["layout"], run.sizes, run.exponents, strict=True
@@ -562,13 +626,54 @@ class Round:
             words = total[at : at + size]
             at += size
             mean = [f32(word / (weight * 2.0**exponent)) for word in words]
-            slot = run.state["optimizer/m/" + name][1]
-            slot[:] = [f32(f32(momentum * m) + x) for m, x in zip(slot, mean, strict=True)]
-            model = run.state[name][1]
-            model[:] = [f32(x + f32(rate * m)) for x, m in zip(model, slot, strict=True)]
+            self.optimize(name, mean)
             scale = 64 * largest / Fraction(weight) * Fraction(2) ** -exponent
             square = scale**2 * Fraction(sum(word * word for word in words), size)
             square = max(square, (Fraction(2) ** -12 * largest) ** 2)
             finest = floor_log2(Fraction(self.limit**2) / square) // 2
             following.append(max(-120, min(120, finest)))
         run.exponents = tuple(following)
+
+    def optimize(self, name: str, mean: list[float]) -> None:
+        """FedAvgM, or FedAdam: elementwise float32, every operation rounded by itself."""
+        run, terms = self.run, self.run.terms
+        model, first = run.state[name][1], run.state["optimizer/m/" + name][1]
+        rate = f32(terms["learning_rate"])
+        if "beta1" not in terms:
+            momentum = f32(terms["momentum"])
+            first[:] = [f32(f32(momentum * m) + x) for m, x in zip(first, mean, strict=True)]
+            model[:] = [f32(x + f32(rate * m)) for x, m in zip(model, first, strict=True)]
+            return
+        second = run.state["optimizer/v/" + name][1]
+        for slot, key, added in (
+            (first, "beta1", mean),
+            (second, "beta2", [f32(x * x) for x in mean]),
+        ):
+            kept, new = f32(terms[key]), f32(1.0 - terms[key])
+            slot[:] = [f32(f32(kept * s) + f32(new * x)) for s, x in zip(slot, added, strict=True)]
+        tau = f32(terms["tau"])
+        steps = [
+            f32(f32(rate * m) / f32(f32(math.sqrt(v)) + tau))
+            for m, v in zip(first, second, strict=True)
+        ]
+        model[:] = [f32(x + step) for x, step in zip(model, steps, strict=True)]
+
+    def count(self, total: list[int]) -> None:
+        """Mean and deviation from the summed statistics; training leaves them as they are."""
+        run = self.run
+        features, noise = run.features, float.fromhex(run.terms["statistics_noise"])
+        error = noise * math.sqrt(3 * features / 8) * math.sqrt(len(self.survivors))
+        means, deviations = [], []
+        for at in range(features):
+            u, square, present = (word / 2**16 for word in total[at::features])
+            p = 4 * present
+            if p < max(1.0, 12 * error):
+                means.append(0.5)
+                deviations.append(0.5)
+                continue
+            c = max(-0.5, min(0.5, u / p))
+            means.append(f32(c + 0.5))
+            variance = max(square / p - c * c, error / p, 2.0**-12)
+            deviations.append(f32(min(math.sqrt(variance), 0.5)))
+        run.state["statistics/mean"][1][:] = means
+        run.state["statistics/deviation"][1][:] = deviations

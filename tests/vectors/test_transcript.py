@@ -85,7 +85,7 @@ def test_what_our_code_does_today_passes_the_second_implementation(bits):
 
 def test_the_transcript_holds_every_kind_of_message_of_an_undisturbed_run():
     kinds = {kind.__name__ for kind in (*wire.FROM_COORDINATOR, *wire.STATEMENTS, *wire.UPLOADS)}
-    unusual = {"Burn", "BurnRequest", "Dispute", "Refusal", "RevealRequest"}
+    unusual = {"Burn", "BurnRequest", "Dispute", "Ended", "Refusal", "RevealRequest"}
     assert set(TAGS) == kinds - unusual
 
 

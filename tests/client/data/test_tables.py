@@ -2,13 +2,14 @@ import csv
 import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from client.data.records import Record, by_patient, require_disjoint
-from client.data.tables import TableColumns, file_sha256, read_table, read_tables
+from client.data.tables import TableColumns, file_sha256, read_table, read_tables, take_tables
 from common.errors import Code, DataError
 
 COLUMNS = TableColumns(text="text", patient="patient", label="label", site="hospital")
@@ -226,3 +227,86 @@ def test_a_patient_in_train_and_test_is_refused_naming_both_places():
     assert "f.csv:10" in str(caught.value)
     assert "f.csv:3" in str(caught.value)
     assert "p3" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- notes of one patient
+
+
+def notes_of(*patients, text="a note of p{}, number {}"):
+    """Rows in the order of `patients`, each note numbered within its patient."""
+    seen = dict.fromkeys(patients, 0)
+    rows = []
+    for who in patients:
+        seen[who] += 1
+        rows.append((who, text.format(who, seen[who]), "asthma", "A"))
+    return rows
+
+
+def capped(most):
+    return replace(COLUMNS, most=most)
+
+
+def peak(path, most) -> int:
+    tracemalloc.start()
+    take_tables([path], capped(most), labels=LABELS)
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+def test_a_patient_with_a_hundred_thousand_notes_takes_bounded_memory(tmp_path):
+    text = "{}" + "x" * 200 + "{}"
+    path = _write_csv(tmp_path / "many.csv", notes_of(*["p2"] * 100_000, "p1", text=text))
+    assert peak(path, 64) < 2**20
+    taken = take_tables([path], capped(64), labels=LABELS)
+    assert [len(group) for group in by_patient(taken.records).values()] == [64, 1]
+    assert taken.dropped == {"p2": 99_936}
+    # Control: the measure sees what is kept.
+    few = _write_csv(tmp_path / "few.csv", notes_of(*["p2"] * 10_000, text=text))
+    assert peak(few, None) > 2**21
+
+
+def test_the_first_notes_of_a_patient_in_file_order_are_read(tmp_path):
+    one = _write_csv(tmp_path / "one.csv", notes_of("p1", "p2", "p1", "p1"))
+    two = _write_csv(tmp_path / "two.csv", notes_of("p2", "p2", "p3"))
+    taken = take_tables([one, two], capped(2), labels=LABELS)
+    assert [(r.patient, r.file[-7:], r.line) for r in taken.records] == [
+        ("p1", "one.csv", 2), ("p2", "one.csv", 3), ("p1", "one.csv", 4), ("p2", "two.csv", 2),
+        ("p3", "two.csv", 4),
+    ]  # fmt: skip
+    assert taken.dropped == {"p1": 1, "p2": 1}
+    assert read_tables([one, two], capped(2), labels=LABELS) == taken.records
+
+
+@pytest.mark.parametrize("gone", ["p1", "p2", "p3", "p4"])
+def test_which_notes_of_a_patient_are_read_depends_on_nobody_else(gone, tmp_path):
+    order = ["p1", "p2", "p1", "p3", "p1", "p4", "p2", "p3", "p3", "p1", "p3", "p2", "p3"]
+    rows = notes_of(*order)
+    whole = _write_csv(tmp_path / "whole.csv", rows)
+    without = _write_csv(tmp_path / "without.csv", [row for row in rows if row[0] != gone])
+    kept = [
+        [(r.patient, r.text) for r in take_tables([p], capped(2), labels=LABELS).records]
+        for p in (whole, without)
+    ]
+    assert [note for note in kept[0] if note[0] != gone] == kept[1]
+    assert kept[0] != kept[1]
+
+
+def test_a_fault_in_a_note_that_is_not_read_is_still_named(tmp_path):
+    rows = [*notes_of(*["p1"] * 5), ("p1", CANARY, "no such label", "A")]
+    with pytest.raises(DataError) as caught:
+        take_tables([_write_csv(tmp_path / "a.csv", rows)], capped(2), labels=LABELS)
+    assert caught.value.code is Code.DATA_LABEL
+    assert ":7:" in caught.value.message
+    assert CANARY not in caught.value.message
+
+
+def test_the_second_hospital_of_a_patient_stays_in_sight(tmp_path):
+    rows = [*notes_of(*["p1"] * 5), ("p1", "elsewhere", "asthma", "B")]
+    taken = take_tables([_write_csv(tmp_path / "a.csv", rows)], capped(2), labels=LABELS)
+    assert {r.site for r in taken.records} == {"A", "B"}
+
+
+def test_without_a_cap_every_note_is_read(tmp_path):
+    path = _write_csv(tmp_path / "a.csv", notes_of(*["p1"] * 5000))
+    assert len(read_table(path, COLUMNS, labels=LABELS)) == 5000

@@ -196,6 +196,27 @@ def test_models_that_mix_records_or_bypass_their_layers_are_refused():
         admit(Toy(Functional(), torch.randn(6, 4)))
 
 
+class Counting(nn.Module):
+    """Turns every record round where the batch holds two: right alone, and right for three."""
+
+    def __init__(self, turn: float):
+        super().__init__()
+        self.turn = turn
+        self.linear = nn.Linear(4, LABELS)
+
+    def forward(self, x):
+        return self.linear(x * (self.turn if len(x) == 2 else 1.0))
+
+
+def test_a_model_that_depends_on_how_many_records_there_are_is_refused():
+    """No gradient is longer than the clip norm, and yet one patient moves the sum by more."""
+    torch.manual_seed(5)
+    data = torch.randn(6, 4)
+    with refused(Code.SENSITIVITY_EXCEEDED):
+        admit(Toy(Counting(-1.0), data))
+    admit(Toy(Counting(1.0), data))  # control: the same model, of every record by itself
+
+
 def test_a_non_finite_record_among_the_first_does_not_stop_admission():
     data = torch.randn(5, 4)
     data[1] = math.nan

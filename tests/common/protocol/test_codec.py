@@ -66,6 +66,7 @@ SPECIAL = {
     "digests": maps(DIGESTS), "ciphertexts": maps(filler(1088)), "statement": SIGNED, "head": SIGNED,
     "receipt": SIGNED, "statements": lists(SIGNED), "confirmations": lists(SIGNED),
     "receipts": lists(SIGNED), "agreements": lists(SIGNED), "burns": lists(SIGNED),
+    "refusals": lists(SIGNED),
     "tags": maps(filler(16)), "header": DIGESTS, "own": filler(64), "pairs": maps(filler(112)),
     "ledger": WITNESSES, "witnessed": maps(WITNESSES), "shares": maps(filler(114)),
     "planes": lists(BUFFERS, 8), "self_shares": maps(filler(49)), "recovery_shares": maps(filler(49)),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from world import SeededEntropy, World
 
-from client.round import SiteRound, Worked, _share_key
+from client.round.effects import Worked
+from client.round.machine import SiteRound
+from client.round.shares import share_key
 from common.errors import Code, ProtocolError
 from common.protocol.wire import (
     Burn,
@@ -168,7 +170,7 @@ def test_a_site_that_was_rolled_back_deals_under_other_keys():
     assert one.header == two.header
     assert one.nonce != two.nonce
     used = {
-        _share_key(bytes(32), h.header, ME, EVIL, h.self_commitment, h.recovery_commitment)
+        share_key(bytes(32), h.header, ME, EVIL, h.self_commitment, h.recovery_commitment)
         for h in heads
     }
     assert len(used) == 2
@@ -223,8 +225,8 @@ def test_no_record_of_a_site_ever_holds_a_round_secret():
     def look() -> bool:
         for party in world.parties.values():
             machine = party.daemon._machine
-            if machine._secrets is not None:
-                seeds.update(machine._secrets.seeds.values())
+            if machine.state.secrets is not None:
+                seeds.update(machine.state.secrets.seeds.values())
             pair_keys.update(machine.record.keys.values())
         return False
 

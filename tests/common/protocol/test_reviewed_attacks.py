@@ -82,7 +82,7 @@ def lying_witness(n: int, liars: int) -> World:
     for liar in world.sites[-liars:]:
         machine = world.parties[liar].daemon._machine
         claims = {site: Witness(10**6, bytes(32)) for site in world.sites if site != liar}
-        machine.record = replace(machine.record, witnessed=claims)
+        machine.state.record = replace(machine.record, witnessed=claims)
     world.run(600, until=lambda: bool(world.refusals) or world.aborts != [])
     return world
 
@@ -108,7 +108,7 @@ def test_a_dispute_before_its_time_or_with_oneself_does_not_stop_the_coordinator
             if sender != EVIL:
                 return sent
             kind, _ = unpack_from_site(payload, MAX_BYTES)
-            handshake = world.parties[EVIL].daemon._machine._handshake
+            handshake = world.parties[EVIL].daemon._machine.state.handshake
             if kind.__name__ == "EncapsulationUpload":
                 early = sign(world.keys[EVIL], replace(handshake.dispute(EVIL), peer=peer))
                 sent.insert(0, (sender, recipient, pack_statement(Dispute, early)))

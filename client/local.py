@@ -1,0 +1,92 @@
+"""One hospital's own records: read from its own files, divided by its own key. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from client.config import SiteConfig
+from client.data.partition import MIN_PATIENTS
+from client.data.records import Record
+from client.data.tables import TableColumns, read_tables
+from client.holdings import table_columns
+from client.privacy.ledger import HeldOutSplit
+from common.config import beside
+from common.errors import Code, DataError
+from common.study import Study
+
+__all__ = ["FLOOR", "LocalFiles", "divide", "local_files"]
+
+FLOOR: Final = MIN_PATIENTS // 2
+"""Fewest patients that a hospital trains with."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Where a hospital's records lie, and its own names of the study's columns.
+
+    `patient`, `text` and `label` are None where the study's name holds here, too.
+    """
+
+    files: tuple[Path, ...]
+    patient: str | None = None
+    text: str | None = None
+    label: str | None = None
+
+    def columns(self, study: Study) -> TableColumns:
+        """The columns to read for this study, by their names in this hospital."""
+        named = table_columns(study)
+        return replace(
+            named,
+            patient=self.patient or named.patient,
+            text=(self.text or named.text) if named.text is not None else None,
+            label=self.label or named.label,
+        )
+
+    def read(self, study: Study) -> tuple[Record, ...]:
+        """Every record. Raises DataError, naming file and line."""
+        return read_tables(self.files, self.columns(study), labels=study.task.labels)
+
+    def dump(self) -> dict[str, Any]:
+        """As plain text, for the trainer."""
+        return {
+            "files": tuple(str(path) for path in self.files),
+            "patient": self.patient or "",
+            "text": self.text or "",
+            "label": self.label or "",
+        }
+
+    @staticmethod
+    def load(fields: Mapping[str, Any]) -> LocalFiles:
+        """The inverse of `dump`."""
+        return LocalFiles(
+            tuple(Path(path) for path in fields["files"]),
+            *(fields[name] or None for name in ("patient", "text", "label")),
+        )
+
+
+def local_files(config: SiteConfig, path: Path) -> LocalFiles:
+    """What `site.yaml` at `path` says about the records."""
+    names = config.data.columns
+    files = tuple(beside(path, name).absolute() for name in config.data.files)
+    return LocalFiles(files, names.patient, names.text, names.label)
+
+
+def divide(
+    records: Sequence[Record], split: HeldOutSplit
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(training, held out) by the hospital's own key: a patient is on one side for ever.
+
+    Raises:
+        DataError: either side is too small.
+    """
+    train = tuple(r for r in records if not split.holds_out(r.patient))
+    held_out = tuple(r for r in records if split.holds_out(r.patient))
+    if len({r.patient for r in train}) < FLOOR or not held_out:
+        raise DataError(
+            Code.SPLIT_IMPOSSIBLE,
+            f"Fewer than {FLOOR} patients are left to train with, or none to measure on.",
+        )
+    return train, held_out

@@ -1,0 +1,68 @@
+"""What a hospital's machine asks its driver to do, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.ports import Tensors
+from common.protocol.effects import DropBlob, Note, Persist, PutBlob
+from common.protocol.transcript import Chain
+from common.protocol.wire import Witness
+
+UPLOAD_BLOB = "upload"
+
+
+@dataclass(frozen=True, slots=True)
+class SendBlob:
+    """Send the kept bytes again."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand the bytes to the transport."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Check approval, reserve the budget, count, train and measure; then call `worked`."""
+
+    round: int
+    turn: int
+    state: Tensors
+    trains: bool
+    measures: bool
+    counts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What the work gave: update (d,), metric words (m,), the ledger, statistic words (s,)."""
+
+    update: NDArray[np.float32] | None
+    metrics: NDArray[np.int64] | None
+    ledger: Witness = field(default_factory=lambda: Witness(0, bytes(32)))
+    statistics: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Record in the ledger that this round's update is about to leave."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The run is over and this is the model."""
+
+    chain: Chain
+
+
+Effect = Persist | PutBlob | SendBlob | DropBlob | Send | Work | Release | Final | Note

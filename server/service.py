@@ -1,0 +1,304 @@
+"""The coordinator's process: listeners, one run, and what an operator looks at meanwhile."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Self
+
+from common.config import load
+from common.crypto.identity import SiteKey
+from common.errors import Code, StorageError
+from common.logs import Log, open_log
+from common.world import SystemClock, make_folder, unix_seconds
+from server.app import Exchange, Pace, Presence, app, bind
+from server.config import CoordinatorConfig
+from server.deploy import CoordinatorRun, Heard, RunFolder, Tapped, prepare
+from server.enrol import admin_token, admitted, coordinator_key
+from server.flower import FlowerCoordinator, Route, TlsFiles
+from server.pki import ensure_certificate
+from server.report import Conclusion
+from server.watch import FRESH_SECONDS, Health, RunStatus, keep, registry
+
+__all__ = ["Service", "open_service"]
+
+_MIB: Final = 1 << 20
+_LOOK_SECONDS: Final = 1.0
+_SITES_SECONDS: Final = 2.0
+_CERTIFICATE_SECONDS: Final = 24 * 3600.0
+_GRACE_SECONDS: Final = 5.0
+
+
+@contextmanager
+def open_service(path: Path) -> Iterator[Service]:
+    """The coordinator of `coordinator.yaml`; SIGTERM and SIGINT end it in order.
+
+    Raises ConfigError, StorageError.
+    """
+    config = load(path, CoordinatorConfig)
+    state = config.state_folder(path)
+    make_folder(state, mode=0o700)
+    log = open_log(state / "log.jsonl", level=config.log_level)
+    stop = threading.Event()
+
+    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, ask_to_stop) for number in _SIGNALS}
+    try:
+        yield Service(config, path, state, coordinator_key(state), log, stop)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class Service:
+    """One coordinator process."""
+
+    config: CoordinatorConfig
+    path: Path
+    state: Path
+    key: SiteKey
+    log: Log
+    stop: threading.Event
+
+    def prepare(self, bundle: Path) -> RunFolder:
+        """The folder of this study's run, new or as it was left. Raises ConfigError."""
+        return prepare(self.state, bundle, self.key.public)
+
+    def run(self, folder: RunFolder, *, linger: float) -> Conclusion | None:
+        """Serve the run to its end, and `linger` seconds more for hospitals that come late.
+
+        Returns what it came to, or None where it was stopped before. Raises StorageError,
+        ConfigError.
+        """
+        run = CoordinatorRun(folder, self.key, log=self.log)
+        try:
+            with _Station(self, run, linger) as station:
+                station.serve()
+            if run.final is None:
+                self.log.info("run.stopped", round=run.machine.record.round)
+                return None
+            return _concluded(run)
+        finally:
+            run.close()
+
+
+def _concluded(run: CoordinatorRun) -> Conclusion:
+    """A run is concluded once; later it says the same again."""
+    if run.folder.conclusion.exists():
+        return Conclusion.from_json(json.loads(run.folder.conclusion.read_text()))
+    return run.conclude()
+
+
+class _Station:
+    """A run on its listeners, with the thread that looks after it."""
+
+    def __init__(self, service: Service, run: CoordinatorRun, linger: float) -> None:
+        self._service, self._run, self._linger = service, run, linger
+        self._clock = SystemClock()
+        self._turned = self._clock.now()
+        self._most = run.terms.upload_bytes() + _MIB
+        self._status: RunStatus | None = None
+        self._done = threading.Event()
+        config, state = service.config, service.state
+        certificate = ensure_certificate(state, config, unix_seconds())
+        self._flower = FlowerCoordinator(
+            state / "flower",
+            listen=(config.listen.host, config.listen.port),
+            admin=(config.admin.host, config.admin.port),
+            tls=TlsFiles(certificate.cert, certificate.key),
+            admin_token=admin_token(state),
+            routes=(
+                Route("/status", "application/json", self._status_json),
+                Route("/metrics", "text/plain; version=0.0.4; charset=utf-8", self._metrics),
+            ),
+        )
+        self._registry = registry(lambda: self._status)
+        self._certificate = certificate.cert
+        self._issued = certificate.cert.stat().st_mtime_ns
+        self._known: dict[str, bytes] = {}
+        self._revoked: tuple[str, ...] = ()
+        self._exchange: Exchange | None = None
+        self._health: Health | None = None
+        self._thread = threading.Thread(target=self._look_after, name="watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._flower.start()
+        try:
+            self._health = Health(self._service.config.admin.health)
+            self._admit()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(_GRACE_SECONDS)
+        if self._health is not None:
+            self._health.stop()
+        self._flower.stop()
+
+    def serve(self) -> None:
+        """The run's loop, through the ServerApp. Raises what the driver raises."""
+        bind(self._bound)
+        self._flower.run(app)
+
+    def _bound(self, _grid: Any) -> None:
+        run = self._run
+        exchange = Exchange(
+            self._flower.grid(most_answer=self._most),
+            run.key,
+            run.bundle.digest,
+            run.keys,
+            self._clock,
+            registered=self._flower.site_of,
+            silence=self._flower.silence,
+            watch=_Watch(self._service.log),
+            pace=Pace(poll_s=0.5, look_s=0.2, linger_s=_GRACE_SECONDS, most_answer=self._most),
+            pause=self._flower.wait,
+        )
+        self._exchange = exchange
+        for site in self._revoked:
+            exchange.forget(site)
+        self._thread.start()
+        exchange.serve(Tapped(run.driver(exchange), run.tap.see), self._over)
+        self._look()
+
+    def _over(self) -> bool:
+        """Whether to end: asked to stop, or everybody has the model, or nobody came for it."""
+        now = self._turned = self._clock.now()
+        if self._service.stop.is_set():
+            return True
+        if self._run.final is None:
+            return False
+        return now - self._run.ended >= self._linger or not self._untold(self._run.ended)
+
+    def _untold(self, ended: float) -> set[str]:
+        """The hospitals that have not answered to the end yet."""
+        heard = {} if self._exchange is None else self._exchange.presence()
+        wanted = set(self._run.terms.parties) - set(self._revoked)
+        return {site for site in wanted if not _told(heard.get(site, Presence()), ended)}
+
+    # ------------------------------------------------------------ the watching thread
+
+    def _look_after(self) -> None:
+        sites = certificate = self._clock.now()
+        while not self._done.wait(_LOOK_SECONDS):
+            now = self._clock.now()
+            # A full disk costs this look, not the run.
+            with suppress(StorageError, OSError):
+                self._look()
+                if now - sites >= _SITES_SECONDS:
+                    sites = now
+                    self._admit()
+                    self._reload()
+                if now - certificate >= _CERTIFICATE_SECONDS:
+                    certificate = now
+                    self._renew()
+
+    def _look(self) -> None:
+        heard = {} if self._exchange is None else self._exchange.presence()
+        told = {site: _heard(presence) for site, presence in heard.items()}
+        self._status = self._run.status(told, self._revoked)
+        if self._health is not None:
+            self._health.fresh(serving=self._clock.now() - self._turned < FRESH_SECONDS)
+        keep(self._service.state, self._status)
+
+    def _admit(self) -> None:
+        """Register whoever was admitted, and throw out whoever was revoked, since the last look."""
+        found = admitted(self._service.state)
+        gone = tuple(site.site for site in found if site.revoked)
+        for site in found:
+            if not site.revoked and self._known.get(site.site) != site.transport:
+                self._flower.register(site.site, site.transport)
+                self._known[site.site] = site.transport
+        for name in gone:
+            if name not in self._revoked:
+                self._flower.unregister(name)
+                self._known.pop(name, None)
+                self._service.log.info("site.revoked", site=name)
+                if self._exchange is not None:
+                    self._exchange.forget(name)
+        self._revoked = gone
+
+    def _renew(self) -> None:
+        ensure_certificate(self._service.state, self._service.config, unix_seconds())
+        self._reload()
+
+    def _reload(self) -> None:
+        """Serve a certificate that was renewed, here or by `wardround server renew`."""
+        issued = self._certificate.stat().st_mtime_ns
+        if issued != self._issued:
+            self._issued = issued
+            self._flower.renew()
+
+    def _status_json(self) -> bytes:
+        status = self._status
+        return json.dumps({} if status is None else status.to_json()).encode()
+
+    def _metrics(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        return generate_latest(self._registry)
+
+
+def _told(presence: Presence, ended: float) -> bool:
+    sent, asked = presence.last_sent, presence.asked
+    return sent is not None and sent >= ended and not asked and not presence.code
+
+
+def _heard(presence: Presence) -> Heard:
+    return Heard(
+        presence.online,
+        presence.last_heard,
+        presence.asked,
+        presence.bytes_up,
+        presence.bytes_down,
+        presence.code,
+    )
+
+
+@dataclass
+class _Watch:
+    """What passes, into the operator's log."""
+
+    log: Log
+
+    def arrived(self, site: str) -> None:
+        """A hospital is here."""
+        self.log.info("site.online", site=site)
+
+    def left(self, site: str) -> None:
+        """A hospital's node is gone."""
+        self.log.info("site.offline", site=site)
+
+    def answered(self, site: str, size: int, seconds: float, code: str) -> None:
+        """An answer was taken."""
+        if code:
+            self.log.info("site.told", site=site, code=code)
+        else:
+            self.log.debug("site.answered", site=site, bytes_up=size, seconds=round(seconds, 3))
+
+    def refused(self, site: str, code: Code) -> None:
+        """An answer was refused."""
+        self.log.warning("peer.refused", site=site or None, code=code)
+
+    def lost(self, site: str, code: str) -> None:
+        """A question will not be answered."""
+        self.log.warning("question.lost", site=site or None, code=code)
