@@ -341,6 +341,7 @@ class CoordinatorRun:
             turns=self.terms.turns,
             completed=sum(r.code is None and r.kind == "train" for r in rounds),
             aborted=sum(r.code is not None for r in rounds),
+            rejected=sum(r.rejected for r in rounds),
             quorum=machine.quorum,
             waiting_for=missing,
             deadline=None if over else max(0.0, machine.deadline - now),

@@ -153,6 +153,7 @@ def _say_status(status: RunStatus) -> None:
     say(
         f"round {status.round} ({status.kind} {status.turn} of {status.turns}), phase "
         f"{status.phase}; {status.completed} completed, {status.aborted} aborted"
+        + (f", {status.rejected} models rolled back" if status.rejected else "")
     )
     say(_waits(status))
     if status.ends is not None:

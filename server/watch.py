@@ -84,6 +84,7 @@ class RunStatus:
     turns: int
     completed: int
     aborted: int
+    rejected: int
     quorum: int
     waiting_for: tuple[str, ...]
     deadline: float | None
@@ -169,6 +170,7 @@ class _RunCollector:
 def _plain_gauges(status: RunStatus) -> Iterator[tuple[str, str, float]]:
     yield "rounds_completed", "rounds that ended in an aggregate", status.completed
     yield "rounds_aborted", "rounds that ended without one", status.aborted
+    yield "models_rejected", "models that the acceptance gate rolled back", status.rejected
     yield "rounds_planned", "training rounds of the study", status.turns
     yield "round", "number of the round under way", status.round
     yield "quorum", "hospitals that must agree", status.quorum

@@ -15,7 +15,7 @@ NORTH = SiteStatus("north", "asked", online=True, heard=2.5, bytes_up=1000, byte
 SOUTH = SiteStatus("south", "offline", False, None, 0, 0, "WR-3101")
 STATUS = RunStatus(
     at=1_800_000_000, study="lungs", digest="ab" * 32, run="cd" * 32, phase="upload", round=4,
-    kind="train", turn=3, turns=12, completed=2, aborted=1, quorum=3, waiting_for=("south",),
+    kind="train", turn=3, turns=12, completed=2, aborted=1, rejected=1, quorum=3, waiting_for=("south",),
     deadline=12.5, ends=None, refused={"WR-4246": 2}, sites=(NORTH, SOUTH),
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ def test_metrics_say_what_the_status_says():
     for line in (
         "wardround_rounds_completed 2.0",
         "wardround_rounds_aborted 1.0",
+        "wardround_models_rejected 1.0",
         'wardround_phase{phase="upload"} 1.0',
         "wardround_phase_deadline_seconds 12.5",
         'wardround_refused_total{code="WR-4246"} 2.0',
