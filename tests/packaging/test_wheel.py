@@ -51,7 +51,7 @@ def test_the_wheel_names_its_command_and_its_extras(wheel):
     (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
     told = wheel.read(metadata).decode()
     extras = set(re.findall(r"^Provides-Extra: (.+)$", told, re.MULTILINE))
-    assert extras == {"client", "simulation", "dev"}
+    assert extras == {"client", "simulation", "ray", "dev"}
     plain = [
         line
         for line in told.splitlines()
@@ -167,7 +167,9 @@ def test_the_coordinators_code_imports_no_torch(tmp_path):
         for path in sources()
         if path.parts[len(ROOT.parts)] in {"common", "server"}
     ]
-    names = [n.removesuffix(".__init__") for n in names if n != "server.simulate"]
+    # The two roots that compose a whole federation in one place; no coordinator loads them.
+    both = {"server.simulate", "server.ray"}
+    names = [n.removesuffix(".__init__") for n in names if n not in both]
     code = "\n".join(f"import {name}" for name in names)
     done = python(code + "\nprint(sorted(sys.modules))", folder=tmp_path, hidden=(*HEAVY, "client"))
     assert done.returncode == 0, done.stderr
@@ -207,7 +209,7 @@ MAIN = "from common.cli import main\nraise SystemExit(main({words!r}))"
         ("server", ["doctor"], None, "python"),
         ("server", ["--help"], 0, "not installed here"),
         ("server", ["simulate", "x.yaml"], 2, "WR-7002"),
-        ("server", ["audit", "verify", "x"], 2, "WR-7002"),
+        ("server", ["audit", "verify", "x"], 7, "WR-6043"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -261,7 +263,7 @@ print(status, heavy)
 
 def test_locked_requirements_carry_hashes_and_no_address():
     files = sorted((ROOT / "requirements").glob("*.txt"))
-    assert [path.stem for path in files] == ["client", "coordinator", "dev", "simulation"]
+    assert [path.stem for path in files] == ["client", "coordinator", "dev", "ray", "simulation"]
     for path in files:
         text = path.read_text()
         assert not re.search(r"://|--index|--find-links|--extra-index|(^|\s)/\w", text), path
@@ -276,6 +278,7 @@ def test_locked_requirements_carry_hashes_and_no_address():
         for path in files
     }
     assert names["coordinator"] < names["client"] < names["simulation"] < names["dev"]
+    assert names["simulation"] < names["ray"]
     assert "torch" not in names["coordinator"]
     assert "torch" in names["client"]
 
