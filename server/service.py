@@ -170,7 +170,7 @@ class _Station:
             registered=self._flower.site_of,
             silence=self._flower.silence,
             watch=_Watch(self._service.log),
-            pace=Pace(poll_s=0.5, look_s=0.2, linger_s=_GRACE_SECONDS, most_answer=self._most),
+            pace=Pace(poll_s=0.5, look_s=0.2, linger_s=0.0, most_answer=self._most),
             pause=self._flower.wait,
         )
         self._exchange = exchange
@@ -214,7 +214,8 @@ class _Station:
 
     def _look(self) -> None:
         heard = {} if self._exchange is None else self._exchange.presence()
-        told = {site: _heard(presence) for site, presence in heard.items()}
+        now = self._clock.now()
+        told = {v: _heard(p, now, self._flower.silence(v)) for v, p in heard.items()}
         self._status = self._run.status(told, self._revoked)
         if self._health is not None:
             self._health.fresh(serving=self._clock.now() - self._turned < FRESH_SECONDS)
@@ -263,10 +264,11 @@ def _told(presence: Presence, ended: float) -> bool:
     return sent is not None and sent >= ended and not asked and not presence.code
 
 
-def _heard(presence: Presence) -> Heard:
+def _heard(presence: Presence, now: float, silent: float | None) -> Heard:
+    """What the status shows; `silent` counts heartbeats, too, and a long training has many."""
     return Heard(
         presence.online,
-        presence.last_heard,
+        presence.last_heard if silent is None else now - silent,
         presence.asked,
         presence.bytes_up,
         presence.bytes_down,

@@ -104,7 +104,7 @@ def test_the_bound_hospital_answers_for_the_module_and_none_is_no_text():
     message = question((b"abc",))
     context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
     with mock.patch.object(client.app, "_BOUND", []):
-        assert code_of(client.app.app(message, context)) == Code.INTERNAL_FAULT.label
+        assert code_of(client.app.app(message, context)) == Code.RESIDENT_SETTING.label
         bind(FakeHospital())
         assert checked(client.app.app(message, context)) == (b"cba",)
 
