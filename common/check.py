@@ -43,6 +43,7 @@ BLOCKS: Final[Mapping[str, str]] = {
     "80": "A coordinator's run",
     "81": "A hospital's link",
     "82": "A coordinator's listeners",
+    "83": "Stock Flower and Ray",
 }
 
 

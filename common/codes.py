@@ -1054,7 +1054,7 @@ class Code(Enum):
         "It must be an EC P-384 public key that no other and no revoked site used; let the hospital run `wardround client rotate`.",
     )
 
-    # ---- 83xx a hospital under a stock SuperNode
+    # ---- 83xx stock Flower and Ray
     RESIDENT_SETTING = (
         "WR-8301",
         "The SuperNode's own configuration does not name this hospital's site.yaml.",
