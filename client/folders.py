@@ -12,10 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FRESH_SECONDS", "NAME_DIGITS", "HospitalFolder", "StudyFolder", "heartbeat_age"]
+from common.errors import Code, RefusedError, StorageError
+from common.logs import open_log
+
+__all__ = [
+    "FRESH_SECONDS",
+    "NAME_DIGITS",
+    "HospitalFolder",
+    "StudyFolder",
+    "heartbeat_age",
+    "withdraw",
+]
 
 NAME_DIGITS: Final = 16
 """Hex digits of a study's digest that name its folder; what is in it is checked in full."""
+
+_DIGITS: Final = 8
 
 FRESH_SECONDS: Final = 120
 """A heartbeat younger than this says that the daemon lives and hears its coordinator."""
@@ -132,6 +144,47 @@ class HospitalFolder:
         """Every study folder with an approval, whether or not it holds; by name."""
         found = sorted(self.studies.glob("*/approval.json"))
         return tuple(StudyFolder(path.parent) for path in found)
+
+
+def withdraw(folder: HospitalFolder, study: str, *, now: int) -> Path:
+    """Take the approval of a study back; the signed record stays, under another name.
+
+    Args:
+        folder: the hospital's state.
+        study: its name, or the first digits of its digest, at least eight.
+        now: Unix seconds.
+
+    Guarantee: from the next message on nothing is trained or sent for the study.
+    Raises RefusedError APPROVAL_STUDY where no approved study is meant, or more than one;
+        StorageError.
+    """
+    found = [one for one in folder.approved() if _meant(one, study)]
+    if len(found) != 1:
+        several = "more than one approved study" if found else "no approved study"
+        raise RefusedError(
+            Code.APPROVAL_STUDY,
+            f"{study}: {several} of this name or digest.",
+            remedy="`wardround client status` shows what is approved.",
+        )
+    place = found[0]
+    try:
+        place.approval.rename(place.root / f"withdrawn-{now}.json")
+    except OSError as error:
+        raise StorageError(
+            Code.JOURNAL_WRITE, f"{place.approval}: cannot be moved ({error.strerror})."
+        ) from None
+    open_log(folder.log).info("study.withdrawn", study_digest=place.root.name)
+    return place.root
+
+
+def _meant(place: StudyFolder, study: str) -> bool:
+    if len(study) >= _DIGITS and place.root.name.startswith(study):
+        return True
+    try:
+        told = json.loads((place.bundle / "study.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("name") == study
 
 
 def heartbeat_age(folder: HospitalFolder, now: int) -> int | None:

@@ -115,6 +115,29 @@ def _approve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- withdraw
+
+
+def _configure_withdraw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="a study's name, or the digest that `client status` shows")
+    _config_argument(parser)
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from client.folders import withdraw
+    from common.world import unix_seconds
+
+    folder = _folder(arguments)
+    root = withdraw(folder, arguments.study, now=unix_seconds())
+    if arguments.json:
+        emit_json({"withdrawn": True, "folder": str(root)})
+        return 0
+    say(f"{arguments.study}: the approval is taken back; nothing more leaves for this study")
+    say("what earlier rounds contributed is in the model and cannot be taken out")
+    say("next: wardround client status")
+    return 0
+
+
 # ---------------------------------------------------------------- run, stop, start
 
 
@@ -413,6 +436,7 @@ def _readable(line: str) -> str:
 COMMANDS = [
     Command("client review", "what a study would do here", _configure_review, _review),
     Command("client approve", "approve a study, on record", _configure_approve, _approve),
+    Command("client withdraw", "take an approval back", _configure_withdraw, _withdraw),
     Command(
         "client run",
         "take part in what is approved, until a signal",

@@ -66,7 +66,8 @@ HOMES: Final[Mapping[str, tuple[str, ...]]] = {
     "client.cli": ("study build", "predict", "privacy"),
     "client.enrol_cli": ("client join", "client rotate"),
     "client.operate_cli": (
-        *("client review", "client approve", "client run", "client stop", "client start"),
+        *("client review", "client approve", "client withdraw", "client run"),
+        *("client stop", "client start"),
         *("client status", "client logs", "client health"),
     ),
     "server.cli": ("demo", "simulate", "resume", "plan"),

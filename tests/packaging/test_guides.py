@@ -544,7 +544,7 @@ def look_at_the_evidence(federation: Federation, digest: str) -> None:
     steward.types("wardround client start", "off")
     statement = told_in(steward.folder / "state/studies" / digest[:16] / "privacy.json")
     assert statement["epsilon_agreed"] == 3
-    steward.types(f"mv {folder}/approval.json taken-back.json")
+    steward.types("wardround client withdraw sepsis", "taken back")
     assert "no study is approved here" in steward.types("wardround client status")
     # The scientist's line is typed at a hospital: there are the model and the patients.
     shutil.copy(steward.folder / "records.csv", steward.folder / "new-patients.csv")

@@ -16,7 +16,7 @@ from client.folders import FRESH_SECONDS, HospitalFolder, heartbeat_age
 from client.link import LinkState
 from client.operate import Operation
 from client.operate_cli import follow
-from common.errors import Code
+from common.errors import Code, RefusedError
 from common.logs import open_log
 from common.world import unix_seconds
 
@@ -41,6 +41,31 @@ def plain(verb):
 
 
 # ---------------------------------------------------------------------------- review, approve
+
+
+def test_an_approval_that_is_taken_back_stays_on_record_and_nothing_runs(consortium, plain):
+    folder = consortium.publish()
+    assert plain("approve", folder, "--by", "Dr. Grey")[0] == 0
+    host, digest = consortium.host("north"), consortium.bundle.digest
+    assert host.ask(digest, (), hello=True).payloads  # control: approved, it says hello
+    signed = host.folder.study(digest).approval.read_bytes()
+    status, told = plain("withdraw", consortium.bundle.study.name)
+    assert (status, told["withdrawn"]) == (0, True)
+    with pytest.raises(RefusedError) as refused:
+        host.ask(digest, (), hello=True)
+    assert refused.value.code is Code.APPROVAL_STUDY
+    [kept] = host.folder.study(digest).root.glob("withdrawn-*.json")
+    assert kept.read_bytes() == signed
+    assert "study.withdrawn" in host.folder.log.read_text()
+    # By its digest, too; and a person may approve it again.
+    assert plain("approve", folder, "--by", "Dr. Grey")[1]["new"]
+    assert plain("withdraw", digest.hex()[:8])[0] == 0
+
+
+def test_what_is_not_approved_cannot_be_taken_back(consortium, plain):
+    for name in ("no-such-study", "0" * 16, ""):
+        status, told = plain("withdraw", name)
+        assert (status, told["error"]["code"]) == (4, Code.APPROVAL_STUDY.label)
 
 
 def test_review_then_approve_then_approve_again(consortium, verb, plain):
@@ -347,5 +372,15 @@ def test_small_verbs_load_neither_numpy_nor_flower(consortium, name):
 
 def test_the_verbs_that_train_nothing_are_registered(wardround):
     _, out, _ = wardround("--help")
-    for name in ("review", "approve", "run", "stop", "start", "status", "logs", "health"):
+    for name in (
+        "review",
+        "approve",
+        "withdraw",
+        "run",
+        "stop",
+        "start",
+        "status",
+        "logs",
+        "health",
+    ):
         assert f"wardround client {name}" in out
