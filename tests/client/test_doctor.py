@@ -267,6 +267,8 @@ class Proxy:
                 other.join()
 
     def close(self) -> None:
+        # Closing alone would leave the accepting thread one more caller.
+        self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
 
