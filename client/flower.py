@@ -33,7 +33,7 @@ import httpx
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
-from flwr.app import Array, Context, Error, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import (
@@ -443,10 +443,12 @@ class FleetLink:
         state: folder for parts of questions that are being fetched.
         limits: bandwidth and hours.
         beat: called at most once a second after an exchange that worked.
+        may_leave: whether what the app answered about the study with this digest may still leave;
+            asked before every single part, however late it is sent; from several threads.
         world: clocks, proxy and log.
 
     Guarantee: opens no listener; runs nothing that the coordinator sends; gives up on nothing
-        but the question that the coordinator withdrew.
+        but the question that the coordinator withdrew, and the answer that may not leave any more.
     Raises: ConfigError or StorageError on construction, for a file that cannot be used.
     """
 
@@ -461,9 +463,11 @@ class FleetLink:
         state: Path,
         limits: LinkLimits | None = None,
         beat: Callable[[], None] = lambda: None,
+        may_leave: Callable[[bytes], bool] = lambda _study: True,
         world: LinkWorld | None = None,
     ) -> None:
         self._world = LinkWorld() if world is None else world
+        self._may_leave = may_leave
         self._limits = LinkLimits() if limits is None else limits
         self._app = app
         self._config = dict(node_config)
@@ -630,6 +634,8 @@ class FleetLink:
                 raise
             except Rejected as trouble:
                 if tries >= REJECTIONS:
+                    # The coordinator goes on waiting for it, unless this node comes anew.
+                    self._renew.set()
                     raise Over from None
                 self._dial.pause(self._troubled(trouble.code, trouble.why, tries))
             except Trouble as trouble:
@@ -726,17 +732,37 @@ class FleetLink:
             parts = get_all_nested_objects(reply)
             tree = get_object_tree(reply)
         size = sum(len(part.data) for part in parts.values() if isinstance(part, Array))
+        study = _study_of(reply) if size else None
         bare = remove_content_from_message(reply)
+
+        def announce() -> PushMessagesResponse:
+            self._check_leave(study)
+            return self._fleet.push(bare, tree)
+
         while True:
             self._await_window(size)
-            told = self._insist(lambda: self._fleet.push(bare, tree))
+            told = self._insist(announce)
             missing = [name for name in told.objects_to_push if name in parts]
-            if self._push_parts(run, told.session_id, missing, parts, size):
+            if self._push_parts(run, told.session_id, missing, parts, size, study):
                 return
             self._dial.pause(0.5)  # the session ended; the next one names what is missing
 
+    def _check_leave(self, study: bytes | None) -> None:
+        """Return if the answer may leave at this moment. A code alone, `None`, always may.
+
+        Raises Shut: the node comes anew, and the coordinator is told the code instead.
+        """
+        if study is not None and not self._may_leave(study):
+            raise Shut(Code.APPROVAL_STOPPED, "what was to be sent may not leave any more")
+
     def _push_parts(
-        self, run: int, session: str, missing: list[str], parts: Mapping[str, Any], size: int
+        self,
+        run: int,
+        session: str,
+        missing: list[str],
+        parts: Mapping[str, Any],
+        size: int,
+        study: bytes | None,
     ) -> bool:
         refused = threading.Event()
 
@@ -745,7 +771,12 @@ class FleetLink:
                 return
             self._await_window(size)
             content = parts[name].deflate()
-            if not self._insist(lambda: self._fleet.push_part(run, session, name, content)):
+
+            def send() -> bool:
+                self._check_leave(study)
+                return self._fleet.push_part(run, session, name, content)
+
+            if not self._insist(send):
                 refused.set()
 
         self._together(missing, push)
@@ -783,3 +814,10 @@ class FleetLink:
             thread.join()
         if raised:
             raise raised[0]
+
+
+def _study_of(reply: Message) -> bytes:
+    """The study that an answer is about; empty where it does not say, which is approved nowhere."""
+    envelope = reply.content.get("envelope") if reply.has_content() else None
+    study = envelope.get("study") if isinstance(envelope, ConfigRecord) else None
+    return study if isinstance(study, bytes) else b""

@@ -306,6 +306,13 @@ class HospitalHost:
         """Whether the kill switch is on, or the daemon is about to end."""
         return self._switch.exists() or self._closing.is_set()
 
+    def may_leave(self, study: bytes) -> bool:
+        """Whether an answer about a study, made some time ago, may still leave; from any thread.
+
+        The line may hold one back for hours: for its window, or because it is thin.
+        """
+        return not self.stopped() and self.folder.study(study).approval.exists()
+
     def stop(self) -> None:
         """Begin to end: work in hand is given up, and nothing is sent any more."""
         self._closing.set()

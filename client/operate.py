@@ -197,6 +197,7 @@ def _line_maker(host: HospitalHost, config: SiteConfig, pin: Pinned, log: Log) -
             state=host.folder.root,
             limits=limits,
             beat=beat,
+            may_leave=host.may_leave,
             world=world,
         )
 

@@ -78,14 +78,23 @@ class BlobStore:
 
     # ------------------------------------------------------------ trees
 
-    def expect(self, nodes: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
+    def expect(
+        self, nodes: Sequence[tuple[str, tuple[str, ...]]], *, own: bool = False
+    ) -> list[str]:
         """Announce a tree, children before parents; the last is its root.
+
+        Args:
+            nodes: every part with the parts directly under it.
+            own: it is this process's own tree: of what somebody announced that contradicts it,
+                nothing stays. A name is a digest, so no such upload could have become whole.
 
         Returns the parts that are not here yet.
         Raises ProtocolError MALFORMED or OVERSIZED, having changed nothing.
         """
-        self._check(nodes)
         with self._lock:
+            if own:
+                self._evict(nodes)
+            self._check(nodes)
             self._sweep()
             for name, children in nodes:
                 if name not in self._entries:
@@ -96,6 +105,14 @@ class BlobStore:
             if nodes and missing:
                 self._open[nodes[-1][0]] = set(missing)
             return missing
+
+    def _evict(self, nodes: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        """Drop every unfinished tree that says something else of one of these parts."""
+        for name, children in nodes:
+            known = self._entries.get(name)
+            if known is not None and known.children != children:
+                for root in [root for root in self._open if name in self._under(root)]:
+                    self.drop(root)
 
     def _check(self, nodes: Sequence[tuple[str, tuple[str, ...]]]) -> None:
         if len(nodes) > MAX_PARTS:

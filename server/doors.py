@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class Wire:
         head_s: how long a request's head may take, from its first byte or the connection's start.
         most_connections: connections at once, on the public listener.
         at_once: calls that are worked on at the same time; bounds memory.
+        each_at_once: calls of one hospital at the same time, bodies that are on their way included;
+            its link has eight connections, and a restart may leave as many behind for a while.
         most_answer: bytes of the largest answer of one hospital.
         most_disk: bytes of all messages on disk.
     """
@@ -109,6 +112,7 @@ class Wire:
     head_s: float = 20.0
     most_connections: int = 512
     at_once: int = 6
+    each_at_once: int = 32
     most_answer: int = 1 << 34
     most_disk: int = 1 << 37
 
@@ -265,6 +269,7 @@ class PublicDoor:
         # Few at a time: each holds a part of a message or two.
         self._clerks = ThreadPoolExecutor(wire.at_once, "desk")
         self._once = Once(desk.moment_s)
+        self._busy: Counter[str] = Counter()
         self.traffic: dict[str, Traffic] = {}
 
     def close(self) -> None:
@@ -281,20 +286,26 @@ class PublicDoor:
             await _plain(send, 404)
             return
         key = _header(scope, self._desk.key_header) or ""
-        # Somebody who may not speak is not listened to: the body is not even read. Only
-        # Flower's own answer to an unknown key at activation is let through.
-        if path != ACTIVATE and not self._known(key):
+        # Somebody who may not speak is not listened to: the body is not even read.
+        if not self._known(key):
             await _plain(send, 401, [(b"connection", b"close")])
             return
-        moment = _header(scope, self._desk.moment_header) or ""
-        if not self._once.use(key, moment):
+        # A moment that is there twice would be told from none here, and taken there.
+        moment = _header(scope, self._desk.moment_header)
+        if moment is None or not self._once.use(key, moment):
             await _plain(send, 401, [(b"connection", b"close")])
+            return
+        if self._busy[key] >= self._wire.each_at_once:
+            self._once.forget(key, moment)
+            await _plain(send, 503, [(b"connection", b"close")])
             return
         served = False
+        self._busy[key] += 1
         try:
             body = await _body(scope, receive, send, self._limit(path), self._wire.body_s)
             served = body is not None and await self._pass(scope, receive, send, body, key)
         finally:
+            self._busy[key] -= 1
             if not served:
                 self._once.forget(key, moment)
 

@@ -136,13 +136,13 @@ class _Objects(ObjectStore):  # type: ignore[misc]  # Flower is not typed here
         self.blobs = blobs
         self._roots: dict[int, set[str]] = {}
 
-    def preregister(self, run_id: int, object_tree: Any) -> list[str]:
-        """Announce a tree; the parts that are missing."""
+    def preregister(self, run_id: int, object_tree: Any, *, own: bool = False) -> list[str]:
+        """Announce a tree, our own or a hospital's; the parts that are missing."""
         nodes = [
             (node.object_id, tuple(child.object_id for child in node.children))
             for node in iterate_object_tree(object_tree)
         ]
-        missing = self.blobs.expect(nodes)
+        missing = self.blobs.expect(nodes, own=own)
         self._roots.setdefault(run_id, set()).add(object_tree.object_id)
         return missing
 
@@ -560,6 +560,19 @@ class _NoLifespan:
 
 
 # ---------------------------------------------------------------------------- grid
+@dataclass(slots=True)
+class _Room:
+    """What one answer may still take in memory; a part that is named twice takes it twice."""
+
+    left: int
+
+    def take(self, count: int) -> None:
+        """Raise ValueError where there is no room for so many bytes more."""
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("an answer is larger than its bound")
+
+
 class LocalGrid(Grid):  # type: ignore[misc]
     """Flower's Grid on the state of this process: no HTTP, one large answer at a time.
 
@@ -628,7 +641,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         tree = _tree(message, parts)
         message.metadata.__dict__["_message_id"] = name = str(tree.object_id)
         before = self._asked.pop(node, None)
-        for missing in self._objects.preregister(run_id, tree):
+        for missing in self._objects.preregister(run_id, tree, own=True):
             self._objects.blobs.put(missing, parts[missing].deflate())
         if before is not None:  # only now: parts that both name are not written twice
             state.forget(before)
@@ -651,9 +664,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
     def _taken(self, question: str) -> Any:
         metadata = self._state.answers[question]
         try:
-            if self._objects.blobs.size(metadata.message_id) > self._most:
-                raise ValueError("an answer is larger than its bound")
-            reply = self._inflate(metadata.message_id)
+            reply = self._inflate(metadata.message_id, _Room(self._most))
             if not isinstance(reply, Message):
                 raise TypeError("an answer is no message")
         except _HOSTILE:
@@ -667,25 +678,26 @@ class LocalGrid(Grid):  # type: ignore[misc]
         reply.metadata.__dict__["_reply_to_message_id"] = question
         return reply
 
-    def _inflate(self, name: str) -> Any:
+    def _inflate(self, name: str, room: _Room) -> Any:
         content = self._objects.get(name)
         if not content:
             raise LookupError("a part of an answer is gone")
+        room.take(len(content))
         kind, children, _ = get_object_head_values_from_object_content(content)
         if kind == Array.__qualname__ and children:
-            return self._array(content, children)
-        inside = {child: self._inflate(child) for child in children}
+            return self._array(content, children, room)
+        inside = {child: self._inflate(child, room) for child in children}
         return inflatable_class_registry[kind].inflate(content, children=inside)
 
-    def _array(self, content: bytes, children: Sequence[str]) -> Any:
+    def _array(self, content: bytes, children: Sequence[str], room: _Room) -> Any:
         """The array, its parts read straight into one buffer."""
         told = json.loads(bytes(_body(content)))
         order = [children[index] for index in told["arraychunk_ids"]]
         total = 0
         for name in order:
-            total += self._objects.blobs.size(name)
-            if total > self._most:  # a part named again and again
-                raise ValueError("an array is larger than its bound")
+            size = self._objects.blobs.size(name)
+            room.take(size)
+            total += size
         # Room for all of it at once, heads included; `getvalue` then hands the buffer itself out.
         buffer = io.BytesIO()
         buffer.seek(total)
@@ -958,6 +970,8 @@ class FlowerCoordinator:
         header = _as_header(public)
         owner = self._keys.get(header, ("", 0))[0]
         if owner == site:
+            # A kill between the new key's row and the old one's end leaves both.
+            self._strike(site, but=header)
             return
         node = 0
         if not owner:
@@ -972,12 +986,16 @@ class FlowerCoordinator:
 
     def unregister(self, site: str) -> None:
         """Let none of a site's keys in any more, from this moment; no error where there is none."""
+        self._strike(site)
+        self._event.set()
+
+    def _strike(self, site: str, *, but: str = "") -> None:
+        """Let none of a site's keys in any more, but this one."""
         for header, (name, node) in list(self._keys.items()):
-            if name == site:
+            if name == site and header != but:
                 del self._keys[header]
                 self._state.delete_node(NOOP_FLWR_AID, node)
                 self._bell.ring(header)
-        self._event.set()
 
     def sites(self) -> tuple[str, ...]:
         """The registered sites, ascending."""

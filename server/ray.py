@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# An actor without a share of a GPU sees what the machine has: nothing is hidden by Ray.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import contextlib
 import logging

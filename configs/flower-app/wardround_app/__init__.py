@@ -1,0 +1,1 @@
+"""Wardround under stock Flower."""

@@ -1,0 +1,5 @@
+"""The ServerApp of the installed Wardround."""
+
+from server import app as installed
+
+app = installed.app
