@@ -718,9 +718,15 @@ class FleetLink:
             return Message(Error(ERROR_NUMBER, code.label), reply_to=message)
 
     def _decline(self, proto: Any) -> None:
-        """Tell the coordinator that its question could not be read."""
-        told = message_from_proto(proto)
-        reply = Message(Error(ERROR_NUMBER, Code.BAD_QUESTION.label), reply_to=told)
+        """Tell the coordinator that its question could not be read.
+
+        Raises Over where not even its announcement can be: there is nothing to answer to.
+        """
+        try:
+            told = message_from_proto(proto)
+            reply = Message(Error(ERROR_NUMBER, Code.BAD_QUESTION.label), reply_to=told)
+        except _MISMADE:
+            raise Over from None
         if proto.metadata.dst_node_id == self._fleet.node_id:
             self._bring(reply)
 

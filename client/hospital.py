@@ -23,7 +23,7 @@ from client.enrol import key_of
 from client.folders import NAME_DIGITS, HospitalFolder, StudyFolder
 from client.local import local_files
 from client.privacy.ledger import HeldOutSplit, Ledger
-from client.site import Site, SiteSetup, open_site
+from client.site import Site, SiteSetup, open_site, switch_is_on
 from client.trainer import PACKAGES, TrainerProcess, TrainerTask
 from common.audit import Value, write_keys
 from common.bundle import Bundle
@@ -286,7 +286,9 @@ class HospitalHost:
                 if not whole:
                     self._let_go(study)
             # Looked at before every single send, and once more before all of them.
-            return Answer((), Code.APPROVAL_STOPPED) if self.stopped() else answer
+            if self.stopped():
+                return Answer((), Code.APPROVAL_STOPPED)
+            return answer if self.may_leave(study) else Answer((), Code.APPROVAL_STUDY)
 
     def _answer(self, study: bytes, payloads: Sequence[bytes], *, hello: bool) -> Answer:
         opened = self._opened(study)
@@ -304,7 +306,7 @@ class HospitalHost:
 
     def stopped(self) -> bool:
         """Whether the kill switch is on, or the daemon is about to end."""
-        return self._switch.exists() or self._closing.is_set()
+        return switch_is_on(self._switch) or self._closing.is_set()
 
     def may_leave(self, study: bytes) -> bool:
         """Whether an answer about a study, made some time ago, may still leave; from any thread.

@@ -61,6 +61,7 @@ def _configure_review(parser: argparse.ArgumentParser) -> None:
 
 
 def _review(arguments: argparse.Namespace) -> int:
+    from client.folders import NAME_DIGITS
     from client.review import render, review
 
     found = review(
@@ -71,13 +72,22 @@ def _review(arguments: argparse.Namespace) -> int:
     else:
         say(render(found))
         if not found.objections:
-            say(f'next: wardround client approve {arguments.bundle} --by "YOUR NAME"')
+            digest = found.digest.hex()[:NAME_DIGITS]
+            say(
+                f'next: wardround client approve {arguments.bundle} --by "YOUR NAME" '
+                f"--digest {digest}"
+            )
     return RefusedError.exit_status if found.objections else 0
 
 
 def _configure_approve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="the folder that was reviewed")
     parser.add_argument("--by", required=True, help="who approves; goes into the signed record")
+    parser.add_argument(
+        "--digest",
+        default="",
+        help="first digits of the study's digest as the review showed it; refuses any other study",
+    )
     _config_argument(parser)
 
 
@@ -91,6 +101,7 @@ def _approve(arguments: argparse.Namespace) -> int:
         arguments.config,
         by=arguments.by,
         now=unix_seconds(),
+        reviewed=arguments.digest.lower(),
     )
     approval = approved.approval
     told: dict[str, Any] = {

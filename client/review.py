@@ -29,6 +29,7 @@ from client.trainer import PACKAGES
 from common.bundle import FACTS_FILE, STUDY_FILE, WEIGHTS_FILE, Bundle
 from common.crypto.identity import fingerprint
 from common.errors import Code, ConfigError, DataError, RefusedError, StorageError, WardroundError
+from common.ids import short
 from common.integrity import code_digest
 from common.offer import OFFER_FILE, ROSTER_FILE, open_offer
 from common.plan import Plan
@@ -335,7 +336,7 @@ def shown_counts(records: Sequence[Record], labels: Sequence[str]) -> dict[str, 
 
 
 def approve_study(
-    folder: Path, config: SiteConfig, path: Path, *, by: str, now: int
+    folder: Path, config: SiteConfig, path: Path, *, by: str, now: int, reviewed: str = ""
 ) -> tuple[ApprovedStudy, bool]:
     """Approve the study in the bundle folder: (it, whether that is new).
 
@@ -348,8 +349,11 @@ def approve_study(
         path: where it lies.
         by: who approves, as the record shall name them.
         now: Unix seconds.
+        reviewed: first digits of the digest that the person saw; the folder may hold another
+            study by now. Empty: whatever is there.
 
     Raises:
+        RefusedError: APPROVAL_STUDY where it is not the study that was reviewed.
         WardroundError: the first objection of the review, or a file that cannot be used.
     """
     if not (by.isprintable() and by == by.strip() and 0 < len(by) <= LONGEST_NAME):
@@ -361,6 +365,12 @@ def approve_study(
     try:
         _copy(folder, staged.bundle)
         found = review(staged.bundle, config, path)
+        if not found.digest.hex().startswith(reviewed):
+            raise RefusedError(
+                Code.APPROVAL_STUDY,
+                f"{folder}: holds the study {short(found.digest)}…, not the one that was reviewed.",
+                remedy="Review it again: wardround client review.",
+            )
         for objection in found.objections:
             raise objection
         roster = SignedRoster.load(staged.bundle / ROSTER_FILE)
@@ -369,8 +379,9 @@ def approve_study(
         if kept is not None:
             return kept, False
         _settle(staged, target, roster.roster)
-        _sign(target, config.site, state, pin, by=by, now=now, code=found.code)
+        # Before the signature: a kill between the two leaves no approval with an older pin.
         _pin_roster(state, roster, pin)
+        _sign(target, config.site, state, pin, by=by, now=now, code=found.code)
     finally:
         shutil.rmtree(staged.root, ignore_errors=True)
     approved = open_approved(

@@ -49,6 +49,9 @@ RUN_SETTING: Final = "wardround-run"
 FRESH: Final = (RoundStart, HandshakeOpen, BurnRequest, Finished)
 # A hospital's link makes itself heard every ten seconds.
 OFFLINE_S: Final = 35.0
+# A node may come anew so often within so many seconds, and is greeted at once.
+COMINGS: Final = 4
+COMINGS_S: Final = 10.0
 _SIGNATURE_BYTES: Final = 64
 _CODES: Final = frozenset(code.label for code in Code)
 _FIELDS: Final = {
@@ -243,6 +246,7 @@ class Exchange:
         self._nodes: dict[int, _Node] = {}
         self._gone: set[str] = set()
         self._shunned: set[int] = set()
+        self._comings: dict[int, deque[float]] = {}
         self._looked = -math.inf
 
     # ------------------------------------------------------------ the Transport port
@@ -334,11 +338,22 @@ class Exchange:
         for number, stamp in found.items():
             known = self._nodes.get(number)
             if known is None:
-                self._nodes[number] = _Node(stamp)
+                self._nodes[number] = self._come(number, stamp)
             elif known.activated != stamp:
                 # It was away: what was asked of it may never have reached it.
                 self._drop(number)
-                self._nodes[number] = _Node(stamp)
+                self._nodes[number] = self._come(number, stamp)
+
+    def _come(self, number: int, stamp: str) -> _Node:
+        """A node that came, perhaps anew; one that comes on and on is greeted after a pause.
+
+        Every greeting may be answered with rubbish, which is refused and written down.
+        """
+        now = self._clock.now()
+        times = self._comings.setdefault(number, deque(maxlen=COMINGS))
+        storm = len(times) == COMINGS and now - times[0] < COMINGS_S
+        times.append(now)
+        return _Node(stamp, greeted=now) if storm else _Node(stamp)
 
     def _wanted(self, number: int) -> bool:
         """Whether the node may be a site of this study."""

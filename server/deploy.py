@@ -289,6 +289,13 @@ class CoordinatorRun:
             observer=self,
         )
 
+    def seal(self) -> None:
+        """Sign the end of the audit log again, after a look at a run that was concluded before.
+
+        Raises StorageError.
+        """
+        self._audit.finish()
+
     def close(self) -> None:
         """Let go of the files."""
         self._audit.close()

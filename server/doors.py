@@ -55,6 +55,8 @@ ACTIVATE: Final = "/v1/fleet/activate-node"
 _FINE, _BAD = 200, 400
 STOP_S: Final = 5.0
 _SMALL: Final = 64 << 10
+# Callers in the middle of a TLS handshake, beside those that are through.
+_HALF_OPEN: Final = 128
 _TREE: Final = 8 << 20
 # What a hospital's link calls. Registration is ours, and no code travels: Flower's own calls
 # for them are not served.
@@ -552,6 +554,42 @@ def require_loopback(host: str) -> None:
         raise ConfigError(Code.ADMIN_NOT_LOOPBACK, f"The admin listener may not listen on {host}.")
 
 
+class Gate(socket.socket):
+    """A listening socket that bounds what it has let in, unfinished TLS handshakes included.
+
+    The web server counts a caller when its handshake is done. Those that never finish theirs
+    would take every descriptor of the process, and a run whose journal cannot be opened ends.
+    Where it is full, the oldest unfinished handshake makes room: a hospital needs no luck.
+    """
+
+    most = 1 << 16
+
+    def __init__(self, *, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self._in: list[socket.socket] = []
+        self.greeted: set[int] = set()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next caller. Raises BlockingIOError where there is none, or no room for it."""
+        caller, address = super().accept()
+        if len(self._in) >= self.most:
+            self._in = [one for one in self._in if one.fileno() >= 0]
+        if len(self._in) >= self.most and not self._make_room():
+            caller.close()
+            raise BlockingIOError
+        self._in.append(caller)
+        return caller, address
+
+    def _make_room(self) -> bool:
+        for index, one in enumerate(self._in):
+            if one.fileno() not in self.greeted:
+                del self._in[index]
+                with contextlib.suppress(OSError):  # gone by itself
+                    one.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
+
+
 class _Prompt(H11Protocol):
     """Hangs up on a caller that does not bring a request's head to its end in time.
 
@@ -559,9 +597,12 @@ class _Prompt(H11Protocol):
     """
 
     head_s = 20.0
+    gate: Gate
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._number = transport.get_extra_info("socket").fileno()
+        self.gate.greeted.add(self._number)
         self._late: asyncio.TimerHandle | None = None
         self._expect()
 
@@ -574,6 +615,7 @@ class _Prompt(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
+        self.gate.greeted.discard(self._number)
         super().connection_lost(exc)
 
     def _expect(self) -> None:
@@ -596,7 +638,7 @@ class Listener:
 
     def __init__(
         self,
-        listening: socket.socket,
+        listening: Gate,
         app: App,
         *,
         tls: ssl.SSLContext | None = None,
@@ -604,11 +646,15 @@ class Listener:
         head_s: float = Wire.head_s,
     ) -> None:
         self.port: int = listening.getsockname()[1]
+        if most_connections is not None:
+            listening.most = most_connections + _HALF_OPEN
         config = uvicorn.Config(
             app,
             lifespan="off",
             # h11 bounds a request's headers.
-            http=type("_Listening", (_Prompt,), {"head_s": head_s}),
+            http=type("_Listening", (_Prompt,), {"head_s": head_s, "gate": listening}),
+            # Another loop would not ask the gate.
+            loop="asyncio",
             ws="none",
             access_log=False,
             log_config=None,
@@ -639,12 +685,13 @@ class Listener:
             self._thread.join(STOP_S)
 
 
-def bound(name: str, address: tuple[str, int]) -> socket.socket:
+def bound(name: str, address: tuple[str, int]) -> Gate:
     """A socket that listens there. Raises ConfigError LISTENER_PORT."""
     host, port = address
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        made = socket.create_server((host, port), family=family, backlog=512)
+        return Gate(fileno=made.detach())
     except OSError as error:
         raise ConfigError(
             Code.LISTENER_PORT,

@@ -70,11 +70,12 @@ _MAX_STATE_FILE: Final = 4 << 20
 
 
 class _Keys(Frozen):
-    """One pair of keys that a site holds or held."""
+    """One pair of keys that a site held; `revoked`: it was put out with them, not rotated."""
 
     version: Version
     identity: HexKey
     transport: Pem
+    revoked: bool = False
 
 
 class _Site(Frozen):
@@ -120,6 +121,8 @@ class Admitted:
         since: the roster version in which it was last admitted or revoked.
         admitted: when, seconds since 1970.
         revoked: whether it was put out; its keys open nothing any more.
+        struck: every identity key that it was ever put out with. A study whose roster lists one
+            goes on without the site, also after the site was admitted again with other keys.
     """
 
     site: str
@@ -130,6 +133,7 @@ class Admitted:
     since: int
     admitted: int
     revoked: bool
+    struck: frozenset[bytes] = frozenset()
 
 
 # --------------------------------------------------------------------------------- init
@@ -413,7 +417,12 @@ def _past(before: _Site | None, join: Join) -> tuple[_Keys, ...]:
         return ()
     if (before.identity, before.transport) == (join.identity, join.transport):
         return before.past
-    given_up = _Keys(version=before.version, identity=before.identity, transport=before.transport)
+    given_up = _Keys(
+        version=before.version,
+        identity=before.identity,
+        transport=before.transport,
+        revoked=before.revoked,
+    )
     return (*before.past, given_up)
 
 
@@ -536,7 +545,13 @@ def _told(site: _Site) -> Admitted:
         site.since,
         site.admitted,
         site.revoked,
+        _struck(site),
     )
+
+
+def _struck(site: _Site) -> frozenset[bytes]:
+    keys = [pair.identity for pair in site.past if pair.revoked]
+    return frozenset(bytes.fromhex(key) for key in [*keys, *([site.identity] * site.revoked)])
 
 
 def _save_site(state: Path, site: _Site) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any, Final, Self
 
 from common.config import load
 from common.crypto.identity import SiteKey
-from common.errors import Code, StorageError
+from common.errors import Code, ConfigError, StorageError, WardroundError
 from common.logs import Log, open_log
 from common.world import SystemClock, make_folder, unix_seconds
 from server.app import Exchange, Pace, Presence, app, bind
 from server.config import CoordinatorConfig
 from server.deploy import CoordinatorRun, Heard, RunFolder, Tapped, prepare
-from server.enrol import admin_token, admitted, coordinator_key
-from server.flower import FlowerCoordinator, Route, TlsFiles
+from server.enrol import Admitted, admin_token, admitted, coordinator_key
+from server.flower import FlowerCoordinator, Route, TlsFiles, Wire
 from server.pki import ensure_certificate
 from server.report import Conclusion
 from server.watch import FRESH_SECONDS, Health, RunStatus, keep, registry
@@ -33,6 +34,7 @@ _LOOK_SECONDS: Final = 1.0
 _SITES_SECONDS: Final = 2.0
 _CERTIFICATE_SECONDS: Final = 24 * 3600.0
 _GRACE_SECONDS: Final = 5.0
+_DESCRIPTORS: Final = 4096
 
 
 @contextmanager
@@ -45,6 +47,7 @@ def open_service(path: Path) -> Iterator[Service]:
     state = config.state_folder(path)
     make_folder(state, mode=0o700)
     log = open_log(state / "log.jsonl", level=config.log_level)
+    _prepare_process()
     stop = threading.Event()
 
     def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
@@ -59,6 +62,15 @@ def open_service(path: Path) -> Iterator[Service]:
 
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def _prepare_process() -> None:
+    """Room for every caller that the listener lets in; and no memory with keys in a core file."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(_DESCRIPTORS, most)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 @dataclass
@@ -97,6 +109,7 @@ class Service:
 def _concluded(run: CoordinatorRun) -> Conclusion:
     """A run is concluded once; later it says the same again."""
     if run.folder.conclusion.exists():
+        run.seal()
         return Conclusion.from_json(json.loads(run.folder.conclusion.read_text()))
     return run.conclude()
 
@@ -119,6 +132,7 @@ class _Station:
             admin=(config.admin.host, config.admin.port),
             tls=TlsFiles(certificate.cert, certificate.key),
             admin_token=admin_token(state),
+            wire=_wire(self._most, len(run.terms.parties)),
             routes=(
                 Route("/status", "application/json", self._status_json),
                 Route("/metrics", "text/plain; version=0.0.4; charset=utf-8", self._metrics),
@@ -134,10 +148,11 @@ class _Station:
         self._thread = threading.Thread(target=self._look_after, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
-        self._flower.start()
         try:
-            self._health = Health(self._service.config.admin.health)
+            # Before anybody is served: who was revoked meanwhile finds nobody at home.
             self._admit()
+            self._flower.start()
+            self._health = Health(self._service.config.admin.health)
         except BaseException:
             self._close()
             raise
@@ -178,7 +193,11 @@ class _Station:
             exchange.forget(site)
         self._thread.start()
         exchange.serve(Tapped(run.driver(exchange), run.tap.see), self._over)
-        self._look()
+        # The other thread writes the same file.
+        self._done.set()
+        self._thread.join(_GRACE_SECONDS)
+        with suppress(StorageError):
+            self._look()
 
     def _over(self) -> bool:
         """Whether to end: asked to stop, or everybody has the model, or nobody came for it."""
@@ -201,16 +220,26 @@ class _Station:
         sites = certificate = self._clock.now()
         while not self._done.wait(_LOOK_SECONDS):
             now = self._clock.now()
-            # A full disk costs this look, not the run.
-            with suppress(StorageError, OSError):
-                self._look()
-                if now - sites >= _SITES_SECONDS:
-                    sites = now
-                    self._admit()
-                    self._reload()
-                if now - certificate >= _CERTIFICATE_SECONDS:
-                    certificate = now
-                    self._renew()
+            self._tried(self._look)
+            if now - sites >= _SITES_SECONDS:
+                sites = now
+                self._tried(self._admit)
+                self._tried(self._reload)
+            if now - certificate >= _CERTIFICATE_SECONDS:
+                certificate = now
+                self._tried(self._renew)
+
+    def _tried(self, duty: Callable[[], None]) -> None:
+        """Do one duty; what goes wrong costs this time, neither the run nor any other duty.
+
+        Whoever was revoked must be out, whatever becomes of the status file.
+        """
+        try:
+            duty()
+        except WardroundError as error:
+            self._service.log.warning("watch.failed", code=error.code)
+        except (OSError, RuntimeError):  # a disk; a look into what the run just changes
+            self._service.log.warning("watch.failed", code=Code.INTERNAL_FAULT)
 
     def _look(self) -> None:
         heard = {} if self._exchange is None else self._exchange.presence()
@@ -224,11 +253,8 @@ class _Station:
     def _admit(self) -> None:
         """Register whoever was admitted, and throw out whoever was revoked, since the last look."""
         found = admitted(self._service.state)
-        gone = tuple(site.site for site in found if site.revoked)
-        for site in found:
-            if not site.revoked and self._known.get(site.site) != site.transport:
-                self._flower.register(site.site, site.transport)
-                self._known[site.site] = site.transport
+        keys = self._run.keys
+        gone = tuple(s.site for s in found if s.revoked or keys.get(s.site) in s.struck)
         for name in gone:
             if name not in self._revoked:
                 self._flower.unregister(name)
@@ -237,6 +263,17 @@ class _Station:
                 if self._exchange is not None:
                     self._exchange.forget(name)
         self._revoked = gone
+        for site in found:
+            if site.site not in gone and self._known.get(site.site) != site.transport:
+                self._let_in(site)
+
+    def _let_in(self, site: Admitted) -> None:
+        """Register a site's key; one that cannot be used keeps out that site and nobody else."""
+        try:
+            self._flower.register(site.site, site.transport)
+        except ConfigError as error:
+            self._service.log.warning("site.refused", site=site.site, code=error.code)
+        self._known[site.site] = site.transport
 
     def _renew(self) -> None:
         ensure_certificate(self._service.state, self._service.config, unix_seconds())
@@ -257,6 +294,15 @@ class _Station:
         from prometheus_client import generate_latest
 
         return generate_latest(self._registry)
+
+
+def _wire(most: int, parties: int) -> Wire:
+    """Bounds by the study: no hospital fills the disk, whatever it sends and however often.
+
+    An answer and a question of every hospital have room; parts of uploads that were given up
+    make way for them.
+    """
+    return Wire(most_answer=most, most_disk=2 * (parties + 2) * most)
 
 
 def _told(presence: Presence, ended: float) -> bool:

@@ -63,8 +63,12 @@ def load_backbone(spec: str) -> Backbone:
 
 
 def backbone_digest(spec: str) -> bytes:
-    """The digest of the backbone that a study names, without loading it. Raises DataError."""
-    folder = _locate(spec)
+    """The digest of the backbone that a study names, without loading it. Raises DataError.
+
+    Guarantee: nothing is fetched. A name in somebody's study must not make a hospital that only
+    looks at it call out and download.
+    """
+    folder = _locate(spec, fetch=False)
     _require_model_folder(spec, folder)
     return _folder_digest(folder)
 
@@ -75,7 +79,7 @@ def quiet_transformers(transformers: Any) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _locate(spec: str) -> Path:
+def _locate(spec: str, *, fetch: bool = True) -> Path:
     if spec.startswith("package:"):
         return _package_folder(spec)
     folder = Path(spec).expanduser()
@@ -83,7 +87,7 @@ def _locate(spec: str) -> Path:
         return folder.resolve()
     if folder.exists() or folder.is_absolute() or spec.startswith((".", "~")):
         raise DataError(Code.MODEL_FOLDER, f"{spec}: is not a folder.")
-    return _from_hub(spec)
+    return _from_hub(spec, fetch=fetch)
 
 
 def _package_folder(spec: str) -> Path:
@@ -105,14 +109,18 @@ def _package_folder(spec: str) -> Path:
     return folder
 
 
-def _from_hub(spec: str) -> Path:
+def _from_hub(spec: str, *, fetch: bool) -> Path:
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = [*_MODEL_FILES, *_MODEL_PATTERNS]
     try:
-        return Path(huggingface_hub.snapshot_download(spec, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(
+                spec, allow_patterns=patterns, local_files_only=not fetch
+            )
+        )
     except HFValidationError:
         raise DataError(
             Code.MODEL_FOLDER, f"{spec}: is neither a folder here nor a hub id (owner/name)."

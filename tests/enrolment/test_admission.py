@@ -445,6 +445,11 @@ def test_a_revoked_hospital_is_not_in_the_next_roster_and_its_keys_never_return(
         lake.admit(Join.make(invite, old, transport))
     back = lake.admit(lake.rotate(invite))
     assert (back.since, back.revoked) == (4, False)
+    # Studies that list the key it was put out with go on without it; a rotated key is no such key.
+    assert back.struck == gone.struck == {gone.identity}
+    rotated = lake.admit(lake.rotate(lake.invite("east")))
+    assert rotated.struck == {gone.identity}
+    assert rotated.identity != back.identity
     assert lake.signed_roster().roster.sites == ("east", "north")
 
 
