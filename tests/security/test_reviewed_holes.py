@@ -390,14 +390,20 @@ def test_one_key_that_cannot_be_used_keeps_nobody_who_was_revoked_in(monkeypatch
     station._service = SimpleNamespace(state=None, log=log)
     station._flower, station._exchange = Door(), None
     station._known, station._revoked = {}, ()
+    station._run = SimpleNamespace(keys={"ash": b"A", "birch": b"B", "cedar": b"C", "elm": b"E"})
+    none: frozenset[bytes] = frozenset()
     found = [
-        SimpleNamespace(site="ash", transport=b"a", revoked=False),
-        SimpleNamespace(site="birch", transport=b"b", revoked=True),
+        SimpleNamespace(site="ash", transport=b"a", revoked=False, struck=none),
+        SimpleNamespace(site="birch", transport=b"b", revoked=True, struck={b"B"}),
+        # Admitted again with other keys: the study still lists the one it was put out with.
+        SimpleNamespace(site="cedar", transport=b"c", revoked=False, struck={b"C"}),
+        SimpleNamespace(site="elm", transport=b"e", revoked=False, struck={b"an older key"}),
     ]
     monkeypatch.setattr("server.service.admitted", lambda _state: found)
     station._admit()
-    assert station._flower.out == ["birch"]
+    assert station._flower.out == ["birch", "cedar"]
     assert ("site.refused", Code.TRANSPORT_KEY) in told
+    assert set(station._known) == {"ash", "elm"}
 
 
 @pytest.mark.parametrize(
