@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,12 @@ class Bundle:
         largest = max(site.weight for site in self.study.sites)
         return {site.id: site.weight / largest for site in self.study.sites}
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
-        """The study digest: terms, tensors, backbone and noise, as every party computes it."""
+        """The study digest: terms, tensors, backbone and noise, as every party computes it.
+
+        Hashed once: a bundle's tensors are never written to.
+        """
         return digest(
             labels.STUDY,
             self.study.terms(),

@@ -295,7 +295,9 @@ class PublicDoor:
         # A moment that is there twice would be told from none here, and taken there.
         moment = _header(scope, self._desk.moment_header)
         if moment is None or not self._once.use(key, moment):
-            await _plain(send, 401, [(b"connection", b"close")])
+            # A known key hears our version: `doctor` asks with the key alone.
+            told = (VERSION_HEADER.encode(), VERSION.encode())
+            await _plain(send, 401, [(b"connection", b"close"), told])
             return
         if self._busy[key] >= self._wire.each_at_once:
             self._once.forget(key, moment)

@@ -357,7 +357,7 @@ def exported() -> set[str]:
     site = SiteStatus("st-mary", "asked", True, 1.0, 10, 10, "WR-4001")
     status = RunStatus(
         at=1, study="s", digest="d", run="r", phase="train", round=2, kind="train", turn=1, turns=8,
-        completed=1, aborted=0, quorum=4, waiting_for=("st-mary",), deadline=10.0, ends=100.0,
+        completed=1, aborted=0, rejected=0, quorum=4, waiting_for=("st-mary",), deadline=10.0, ends=100.0,
         refused={"WR-4001": 1}, sites=(site,),
     )  # fmt: skip
     text = generate_latest(registry(lambda: status)).decode()
