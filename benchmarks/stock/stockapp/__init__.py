@@ -1,0 +1,1 @@
+"""What is measured of stock Flower: the message flow of secure aggregation, without its secrets."""
