@@ -191,6 +191,8 @@ class Reader:
             cwd=self.folder,
             env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             start_new_session=True,
+            # A test runner in the background passes on that Ctrl-C is ignored; a prompt does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             text=True,
             **more,  # type: ignore[call-overload]
         )
