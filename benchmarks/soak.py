@@ -93,7 +93,7 @@ def show(marks: list[tuple[int, dict[str, Any]]], seconds: float) -> bool:
                 print(f"{number:>12}", *(f"{value:>12.1f}" for value in row))
         for kind in kinds:
             grown = slope(rounds, [told[who][kind] for _, told in marks])
-            goal = SLOPE_GOAL if kind == "mib" else 0.5 if kind in {"files", "threads"} else None
+            goal = SLOPE_GOAL if kind == "mib" else 1.0 if kind in {"files", "threads"} else None
             verdict = (
                 "" if goal is None else f"  goal < {goal:g}: {'met' if grown < goal else 'MISSED'}"
             )

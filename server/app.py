@@ -484,9 +484,10 @@ class Exchange:
                     moved |= self._push(number, node, (), made)
             elif place is not None and place.outbox and place.node == number:
                 payloads = tuple(place.outbox)[:MAX_PAYLOADS]
-                for _ in payloads:
-                    place.outbox.popleft()
-                moved |= self._push(number, node, payloads, made)
+                if self._push(number, node, payloads, made):
+                    for _ in payloads:
+                        place.outbox.popleft()
+                    moved = True
             elif now - max(node.greeted, self._last(place)) >= self._pace.silence_s:
                 moved |= self._push(number, node, (), made)
         return moved

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import ipaddress
+import math
 import socket
 import ssl
 import threading
@@ -33,6 +35,7 @@ __all__ = [
     "Bell",
     "Listener",
     "PublicDoor",
+    "Quota",
     "Route",
     "TlsFiles",
     "Traffic",
@@ -58,6 +61,8 @@ _SMALL: Final = 64 << 10
 # Callers in the middle of a TLS handshake, beside those that are through.
 _HALF_OPEN: Final = 128
 _TREE: Final = 8 << 20
+# Buckets beside which the empty ones are forgotten.
+_NAMES: Final = 4096
 # What a hospital's link calls. Registration is ours, and no code travels: Flower's own calls
 # for them are not served.
 PATHS: Final = frozenset(
@@ -104,6 +109,9 @@ class Wire:
         at_once: calls that are worked on at the same time; bounds memory.
         each_at_once: calls of one hospital at the same time, bodies that are on their way included;
             its link has eight connections, and a restart may leave as many behind for a while.
+        calls_per_s: calls of one hospital in a second, in the long run; a link makes a few, and a
+            few dozen where small parts pass over a fast line.
+        most_calls: calls of one hospital at a stretch, before it is held to `calls_per_s`.
         most_answer: bytes of the largest answer of one hospital.
         most_disk: bytes of all messages on disk.
     """
@@ -115,6 +123,8 @@ class Wire:
     most_connections: int = 512
     at_once: int = 6
     each_at_once: int = 32
+    calls_per_s: float = 200.0
+    most_calls: int = 1000
     most_answer: int = 1 << 34
     most_disk: int = 1 << 37
 
@@ -193,21 +203,56 @@ class Once:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._used: dict[tuple[str, str], float] = {}
+        # Digests: thousands of moments are kept, and a caller's key is long.
+        self._used: dict[bytes, float] = {}
 
     def use(self, key: str, moment: str) -> bool:
         """Whether this key's moment was not used yet; from now on it is."""
         now = time.monotonic()
         while self._used and now - next(iter(self._used.values())) > self._seconds:
             del self._used[next(iter(self._used))]
-        if (key, moment) in self._used:
+        name = _mark(key, moment)
+        if name in self._used:
             return False
-        self._used[key, moment] = now
+        self._used[name] = now
         return True
 
     def forget(self, key: str, moment: str) -> None:
         """It was not used: whoever showed it was not let in."""
-        self._used.pop((key, moment), None)
+        self._used.pop(_mark(key, moment), None)
+
+
+def _mark(key: str, moment: str) -> bytes:
+    return hashlib.sha256(f"{key}\n{moment}".encode()).digest()[:16]
+
+
+class Quota:
+    """A bucket for each name: a stretch of calls at once, and in the long run so many a second.
+
+    Args:
+        per_second: calls that a bucket forgives in a second.
+        most: calls that it holds.
+    """
+
+    def __init__(self, per_second: float, most: int) -> None:
+        self._per_second = per_second
+        self._most = most
+        self._spent: dict[str, tuple[float, float]] = {}
+
+    def left(self, name: str, now: float) -> float:
+        """Seconds until this name may call again; 0: it may."""
+        return max(0.0, self._level(name, now) + 1 - self._most) / self._per_second
+
+    def spend(self, name: str, now: float) -> None:
+        """Count one call."""
+        level = self._level(name, now) + 1
+        if len(self._spent) >= _NAMES:  # whoever was quiet for a while needs no bucket
+            self._spent = {n: told for n, told in self._spent.items() if self._level(n, now) > 0}
+        self._spent[name] = (level, now)
+
+    def _level(self, name: str, now: float) -> float:
+        level, at = self._spent.get(name, (0.0, now))
+        return max(0.0, level - (now - at) * self._per_second)
 
 
 class Desk(Protocol):
@@ -272,6 +317,7 @@ class PublicDoor:
         self._clerks = ThreadPoolExecutor(wire.at_once, "desk")
         self._once = Once(desk.moment_s)
         self._busy: Counter[str] = Counter()
+        self._quota = Quota(wire.calls_per_s, wire.most_calls)
         self.traffic: dict[str, Traffic] = {}
 
     def close(self) -> None:
@@ -292,26 +338,45 @@ class PublicDoor:
         if not self._known(key):
             await _plain(send, 401, [(b"connection", b"close")])
             return
+        # Calls that were served count for the key, wherever they come from: who signed them has
+        # it. Refused ones count for the key at that address: the key alone is no secret, and
+        # whoever shows another's may not use up what its owner has.
+        place = f"{key}\n{_address(scope)}"
+        wait = max(self._quota.left(name, time.monotonic()) for name in (key, place))
+        if wait > 0:
+            told = (b"retry-after", str(math.ceil(wait)).encode())
+            await _plain(send, 429, [(b"connection", b"close"), told])
+            return
+        served = False
+        try:
+            served = await self._admitted(scope, receive, send, key)
+        finally:
+            self._quota.spend(key if served else place, time.monotonic())
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send, key: str) -> bool:
+        """One request under a key that is known; whether it was served."""
         # A moment that is there twice would be told from none here, and taken there.
         moment = _header(scope, self._desk.moment_header)
         if moment is None or not self._once.use(key, moment):
             # A known key hears our version: `doctor` asks with the key alone.
             told = (VERSION_HEADER.encode(), VERSION.encode())
             await _plain(send, 401, [(b"connection", b"close"), told])
-            return
+            return False
         if self._busy[key] >= self._wire.each_at_once:
             self._once.forget(key, moment)
             await _plain(send, 503, [(b"connection", b"close")])
-            return
+            return False
         served = False
         self._busy[key] += 1
         try:
+            path = scope["path"]
             body = await _body(scope, receive, send, self._limit(path), self._wire.body_s)
             served = body is not None and await self._pass(scope, receive, send, body, key)
         finally:
             self._busy[key] -= 1
             if not served:
                 self._once.forget(key, moment)
+        return served
 
     def _limit(self, path: str) -> int:
         if path == PUSH_OBJECT:
@@ -470,6 +535,12 @@ def _header(scope: Scope, name: bytes) -> str | None:
     """A header that is there exactly once."""
     found = [value for key, value in scope["headers"] if key == name]
     return found[0].decode("latin-1") if len(found) == 1 else None
+
+
+def _address(scope: Scope) -> str:
+    """Where a request comes from, as far as anybody here can tell."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 async def _body(
@@ -661,6 +732,8 @@ class Listener:
             access_log=False,
             log_config=None,
             server_header=False,
+            # A caller's word on where it comes from is not taken.
+            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
             limit_concurrency=most_connections,

@@ -6,9 +6,9 @@ import json
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self
@@ -27,7 +27,7 @@ from server.pki import ensure_certificate
 from server.report import Conclusion
 from server.watch import FRESH_SECONDS, Health, RunStatus, keep, registry
 
-__all__ = ["Service", "open_service"]
+__all__ = ["Farewell", "Service", "open_service"]
 
 _MIB: Final = 1 << 20
 _LOOK_SECONDS: Final = 1.0
@@ -118,7 +118,8 @@ class _Station:
     """A run on its listeners, with the thread that looks after it."""
 
     def __init__(self, service: Service, run: CoordinatorRun, linger: float) -> None:
-        self._service, self._run, self._linger = service, run, linger
+        self._service, self._run = service, run
+        self._farewell = Farewell(linger)
         self._clock = SystemClock()
         self._turned = self._clock.now()
         self._most = run.terms.upload_bytes() + _MIB
@@ -206,13 +207,11 @@ class _Station:
             return True
         if self._run.final is None:
             return False
-        return now - self._run.ended >= self._linger or not self._untold(self._run.ended)
-
-    def _untold(self, ended: float) -> set[str]:
-        """The hospitals that have not answered to the end yet."""
         heard = {} if self._exchange is None else self._exchange.presence()
-        wanted = set(self._run.terms.parties) - set(self._revoked)
-        return {site for site in wanted if not _told(heard.get(site, Presence()), ended)}
+        # A convicted hospital is told nothing when it comes late.
+        excused = {*self._revoked, *self._run.machine.record.convicted}
+        wanted = set(self._run.terms.parties) - excused
+        return self._farewell.over(now, self._run.ended, wanted, heard)
 
     # ------------------------------------------------------------ the watching thread
 
@@ -305,9 +304,32 @@ def _wire(most: int, parties: int) -> Wire:
     return Wire(most_answer=most, most_disk=2 * (parties + 2) * most)
 
 
+@dataclass
+class Farewell:
+    """Who has answered to the end of the run, and how long the others are waited for.
+
+    Attributes:
+        linger: seconds, from the end on.
+        told: who has answered; whatever they do afterwards, nobody waits for them again.
+    """
+
+    linger: float
+    told: set[str] = field(default_factory=set)
+
+    def over(
+        self, now: float, ended: float, wanted: Iterable[str], heard: Mapping[str, Presence]
+    ) -> bool:
+        """Whether all who are `wanted` have answered to the end at `ended`, or time is up."""
+        self.told |= {site for site, presence in heard.items() if _told(presence, ended)}
+        return now - ended >= self.linger or self.told.issuperset(wanted)
+
+
 def _told(presence: Presence, ended: float) -> bool:
-    sent, asked = presence.last_sent, presence.asked
-    return sent is not None and sent >= ended and not asked and not presence.code
+    """Whether a question from after the end was answered: one that was lost told nobody."""
+    sent, answered = presence.last_sent, presence.last_heard
+    if sent is None or answered is None or presence.asked or presence.code:
+        return False
+    return ended <= sent <= answered
 
 
 def _heard(presence: Presence, now: float, silent: float | None) -> Heard:

@@ -523,6 +523,8 @@ def test_a_push_that_fails_is_tried_again_with_a_hello(ash: Scene):
     ash.clock.skip_to(3.0)
     ash.step()
     assert ash.grid.last(7).metadata.message_type == "query.hello"
+    ash.answer(7, "ash", b"hello")
+    assert question(ash.grid.last(7))[1] == (burn(),)
 
 
 def test_a_site_that_is_forgotten_is_not_asked_and_not_heard(ash: Scene):

@@ -32,7 +32,7 @@ from typing import Any, Self
 
 import numpy as np
 from line import Line
-from numpy_hospital import OPTIONS, update_of
+from numpy_hospital import MARK, OPTIONS, update_of
 
 import common
 from client.approval import Approval
@@ -515,6 +515,13 @@ class Federation:
         except (OSError, ValueError):
             return {}
 
+    def trains(self, site: str) -> int | None:
+        """The round that a hospital trains in; of a killed one, the round that it was killed in."""
+        try:
+            return int((self.root / site / MARK).read_text() or -1)
+        except OSError:
+            return None
+
     def site_status(self, site: str) -> dict[str, Any]:
         """The hospital's status.json."""
         try:
@@ -641,10 +648,17 @@ def ledger_facts(path: Path) -> LedgerFacts:
         rows, spent = ledger.history(), ledger.spent()
     finally:
         ledger.close()
-    trained = [r.body for r in rows if r.kind == "charge" and r.body["work"] == "train"]
+    # A joint study reserves its whole once and draws every round from that.
+    kinds = {"draw"} if any(r.kind == "draw" for r in rows) else {"charge"}
+    trained = [r.body for r in rows if r.kind in kinds and _trains(r.body)]
     attempts = Counter(body["round"] for body in trained)
     released = sum(row.kind == "release" for row in rows)
     return LedgerFacts(dict(attempts), released, spent.epsilon, spent.cap)
+
+
+def _trains(body: Mapping[str, Any]) -> bool:
+    works = [used["work"] for used in body["uses"]] if "uses" in body else [body["work"]]
+    return "train" in works
 
 
 def require_sound(fed: Federation, *, away: Iterable[str] = ()) -> None:
@@ -695,14 +709,20 @@ def ended(fed: Federation, *, seconds: float = 150) -> dict[str, Any]:
     return told
 
 
-def replayed(fed: Federation) -> dict[str, Any]:
+def replayed(
+    fed: Federation, *, survivors: Mapping[int, tuple[str, ...]] | None = None
+) -> dict[str, Any]:
     """The final model, computed anew from the recorded survivors and the seeded updates alone.
 
     No masks, no messages, no processes: updates are quantised and added in the clear.
+
+    Args:
+        fed: whose run is over.
+        survivors: who is summed in each round, instead of those that were recorded.
     """
     terms = fed.bundle.terms({site: bytes(32) for site in fed.sites})
     state, exponents = dict(terms.initial), terms.exponents
-    survivors = fed.survivors()
+    survivors = fed.survivors() if survivors is None else survivors
     for entry in fed.rounds():
         if entry["kind"] != "train" or entry["code"] is not None:
             continue

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from common.metrics import words_from_counts
 from common.tensors import Layout, save_tensors
 
-OPTIONS = "runner.json"
+OPTIONS, MARK = "runner.json", "training"
 STEP, NOISE = np.float32(0.25), np.float32(0.02)
 
 
@@ -57,8 +57,8 @@ def words_of(labels: int, *, seed: int, site: str, round_number: int) -> NDArray
 class NumpyTrainer:
     """The Trainer port; a pure function of seed, site, round and model."""
 
-    def __init__(self, task: Any, options: Mapping[str, Any]) -> None:
-        self._task, self._options = task, options
+    def __init__(self, task: Any, options: Mapping[str, Any], mark: Path) -> None:
+        self._task, self._options, self._mark = task, options, mark
         self.starts = 0
 
     def ready(self) -> None:
@@ -68,10 +68,15 @@ class NumpyTrainer:
         pass
 
     def train(self, state: Mapping[str, Any], round_number: int) -> NDArray[np.float32]:
+        # Who is killed in here leaves the mark behind.
+        self._mark.write_text(str(round_number))
         time.sleep(self._options.get("train_s", 0.0))
         if self._options.get("cheap"):
-            return self._cheap(round_number)
-        return update_of(self._task.bundle.layout, state, **self._who(round_number))
+            update = self._cheap(round_number)
+        else:
+            update = update_of(self._task.bundle.layout, state, **self._who(round_number))
+        self._mark.unlink()
+        return update
 
     def _cheap(self, round_number: int) -> NDArray[np.float32]:
         """A large update that costs little more than its memory."""
@@ -138,7 +143,7 @@ def main(path: Path) -> int:
         path,
         coordinator=pin.coordinator,
         log=log,
-        maker=lambda task: NumpyTrainer(task, options),
+        maker=lambda task: NumpyTrainer(task, options, path.parent / MARK),
     )
     bind(host)
     limits = LinkLimits(config.link.bits_per_second, config.link.hours)

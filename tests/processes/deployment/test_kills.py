@@ -52,7 +52,8 @@ def test_another_seed_gives_another_model(federation, undisturbed):
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_after_kills_of_hospitals_the_model_is_the_replay_of_the_survivors(federation, seed):
-    fed = federation(rounds=ROUNDS)
+    # The kills land in training as well.
+    fed = federation(rounds=ROUNDS, options={"train_s": 0.3})
     fed.start()
     stream = np.random.default_rng(seed)
     kills = kill_at_random(fed, stream, kills=6, victims=fed.sites)
@@ -60,6 +61,35 @@ def test_after_kills_of_hospitals_the_model_is_the_replay_of_the_survivors(feder
     assert len(kills) >= 4
     require_whole(fed)
     assert state_digest(replayed(fed)) == state_digest(fed.model())
+
+
+def missing(fed, site):
+    """The completed rounds that a hospital was not summed in."""
+    return {number for number, names in fed.survivors().items() if site not in names}
+
+
+def test_a_hospital_killed_while_it_trains_is_missing_in_that_round_alone(federation):
+    fed = federation(rounds=5, options={"train_s": 0.8})
+    fed.start()
+    site, *others = fed.sites
+    fed.until(lambda: 2 in fed.ledger(site).attempts, 60, "the charge of round 2")
+    fed.until(lambda: fed.trains(site) == 2, 10, "training")
+    fed.kill(site)
+    assert fed.trains(site) == 2, "killed in training, not before and not after"
+    assert fed.completed() == 1
+    fed.start(site)
+    told = ended(fed)
+    require_whole(fed)
+    assert told["rounds_aborted"] == 0
+    assert missing(fed, site) == {2}
+    assert {3, 4, 5} <= set(fed.ledger(site).attempts)
+    assert all(missing(fed, other) == set() for other in others)
+    assert fed.ledger(site).attempts[2] == 1, "paid for once, though nothing came of it"
+    model = state_digest(fed.model())
+    assert state_digest(replayed(fed)) == model
+    # The control of the replay: with the lost update, the model would be another.
+    full = dict.fromkeys(fed.survivors(), fed.sites)
+    assert state_digest(replayed(fed, survivors=full)) != model
 
 
 def test_after_kills_of_everybody_the_run_is_whole(federation):
