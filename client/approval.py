@@ -156,7 +156,8 @@ def _forged() -> RefusedError:
 class StudyFacts:
     """What a hospital knows about a study from its own copy of the signed bundle.
 
-    `epsilon` and `delta` are None exactly where the study has no differential privacy.
+    `epsilon` and `delta` are None exactly where the study has no differential privacy. `joint`:
+    its epsilon counts on other hospitals' shares of the noise.
     """
 
     study_digest: bytes
@@ -166,6 +167,7 @@ class StudyFacts:
     rounds: int
     epsilon: float | None
     delta: float | None
+    joint: bool = False
 
 
 def approve(
@@ -233,6 +235,11 @@ def _privacy(facts: StudyFacts, ceilings: Ceilings) -> Iterator[RefusedError]:
                 "The study has no differential privacy; this hospital requires it.",
             )
         return
+    if facts.joint and not ceilings.accept_joint:
+        yield RefusedError(
+            Code.APPROVAL_JOINT,
+            "The study counts on other hospitals' noise; this hospital trusts its own alone.",
+        )
     # Written so that a value that is not a number is refused too.
     if not 0 < facts.epsilon <= ceilings.epsilon:
         yield RefusedError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.study import Study
+
+if TYPE_CHECKING:
+    from client.tasks.backbone import Backbone
 
 __all__ = ["BuiltModel", "build_model"]
 
@@ -21,11 +24,13 @@ class BuiltModel:
     Guarantee: the same study and backbone files give the same bytes on every machine; no secret
     random number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON,
     or, for numbers, the description of the network; its digest then stands for the backbone's.
+    `engine` says what computes clipped sums, and why; empty without a privacy mode.
     """
 
     initial: dict[str, NDArray[np.float32]]
     backbone_digest: bytes
     config: str
+    engine: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -36,14 +41,19 @@ class BuiltModel:
 def build_model(study: Study) -> BuiltModel:
     """Resolve a study's backbone and tuning, or its perceptron, into tensors.
 
+    Under a privacy mode the network is admitted first, on public records: what no hospital could
+    train is refused here, not in the first round.
+
     Raises:
         DataError: the backbone cannot be used, or does not fit the study.
+        RefusedError: its patients' gradients cannot be told apart.
     """
     if study.model is None:
         from client.tasks.tabular import architecture, initial_tensors
 
+        engine = _admit_numbers(study) if study.privacy.mode != "none" else ""
         known, description = architecture(study.tabular)
-        return BuiltModel(initial_tensors(study.tabular), known, description)
+        return BuiltModel(initial_tensors(study.tabular), known, description, engine)
     import torch
 
     from client.tasks.backbone import load_backbone
@@ -51,6 +61,7 @@ def build_model(study: Study) -> BuiltModel:
 
     backbone = load_backbone(study.model.backbone)
     network = network_for(study, backbone, torch.device("cpu"))
+    engine = _admit_notes(study, backbone) if study.privacy.mode != "none" else ""
     config: Any = network.model.config
     plain = json.loads(config.to_json_string(use_diff=False))
     plain.pop("transformers_version", None)  # a patch release is no other study
@@ -58,4 +69,23 @@ def build_model(study: Study) -> BuiltModel:
         initial=network.initial(),
         backbone_digest=backbone.digest,
         config=json.dumps(plain, sort_keys=True),
+        engine=engine,
     )
+
+
+def _admit_numbers(study: Study) -> str:
+    import torch
+
+    from client.privacy.admission import admit
+    from client.tasks.tabular import probe_of
+
+    return admit(probe_of(study, torch.device("cpu")), kind=study.privacy.engine)
+
+
+def _admit_notes(study: Study, backbone: Backbone) -> str:
+    import torch
+
+    from client.privacy.admission import admit
+    from client.tasks.diagnosis import probe_of
+
+    return admit(probe_of(study, backbone, torch.device("cpu")), kind=study.privacy.engine)

@@ -27,7 +27,7 @@ def _build(arguments: argparse.Namespace) -> int:
     study = study_with_sites(study, arguments.study)
     from client.federation import build_bundle
 
-    bundle = build_bundle(study)
+    bundle, engine = build_bundle(study)
     folder = arguments.out or Path(f"{study.name}-bundle")
     bundle.save(folder)
     told: dict[str, Any] = {
@@ -37,6 +37,7 @@ def _build(arguments: argparse.Namespace) -> int:
         "tensors": len(bundle.layout.specs),
         "backbone": bundle.backbone_digest.hex(),
         "noise_multiplier": bundle.noise_multiplier,
+        "engine": engine or None,
         "sites": [s.id for s in study.sites],
     }
     if arguments.json:
@@ -44,6 +45,8 @@ def _build(arguments: argparse.Namespace) -> int:
         return 0
     say(f"study digest {told['digest']}")
     say(f"{told['parameters']} trainable parameters in {told['tensors']} tensors")
+    if engine:
+        say(f"clipped sums by {engine}")
     say(f"bundle: {folder}")
     say(f"next: wardround plan {folder}")
     return 0
@@ -92,9 +95,9 @@ def _privacy(arguments: argparse.Namespace) -> int:
     if arguments.json:
         emit_json(report.to_json())
         return 0
-    columns = ["site", "epsilon", "cap", "left", "delta", "rounds", "forecast"]
-    table(columns, report.rows())
-    say("epsilon: of the worse-off patients, training or held out; see docs/PRIVACY.md")
+    table(report.columns, report.rows())
+    for note in report.notes:
+        say(note)
     return 0
 
 

@@ -77,6 +77,10 @@ class Ceilings(Frozen):
     require_privacy: bool = Field(
         default=True, description="refuse studies with privacy.mode: none"
     )
+    accept_joint: bool = Field(
+        default=True,
+        description="accept privacy.mode: joint, whose epsilon counts on other hospitals' noise",
+    )
     approved_studies: Approved = Field(
         description="digests of studies that this hospital has reviewed, or any"
     )

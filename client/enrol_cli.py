@@ -41,6 +41,7 @@ ceilings:
   rounds: 100
   minimum_sites: 3
   require_privacy: true
+  accept_joint: true
   # Digests that somebody here has reviewed, or the word any. An empty list approves nothing.
   approved_studies: []
   approved_backbones: any

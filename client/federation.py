@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from client.build import build_model
 from client.data.partition import MIN_PATIENTS
@@ -82,12 +83,14 @@ class Federation:
         self._device = device
         self._learners: dict[str, Learner] = {}
         self._trainers: dict[str, LocalTrainer] = {}
+        self._module: nn.Module | None = None
         self._divided: dict[str, SiteRecords] = {}
         held = read_holdings(study, config) if holdings is None else holdings
         self._seed = held.seed
         self.sites = tuple(held.records)
         self.warnings = held.warnings
         self.manifest: dict[str, Any] = held.manifest
+        self.engine = ""
         self.study = with_sites(study, self.sites)
         self._records, self._test = held.records, held.tests
 
@@ -102,8 +105,12 @@ class Federation:
         return {site: len({r.patient for r in rows}) for site, rows in self._records.items()}
 
     def build_bundle(self) -> Bundle:
-        """The study's bundle. Raises DataError, ConfigError."""
-        return build_bundle(self.study)
+        """The study's bundle; `engine` then says what computes clipped sums.
+
+        Raises DataError, ConfigError, RefusedError.
+        """
+        bundle, self.engine = build_bundle(self.study)
+        return bundle
 
     def divide(self, site: str, split: HeldOutSplit | None) -> SiteRecords:
         """One site's training and held-out records, fixed on the first call.
@@ -138,12 +145,23 @@ class Federation:
         return SiteRecords(train, held, split.identity)
 
     def learner(self, site: str) -> Learner:
-        """The site's learner, built once; all sites share the frozen backbone."""
+        """The site's learner, built once; all sites share the frozen backbone.
+
+        Sites train one after the other, so those of a text study share the trainable module as
+        well: whoever works in it loads a state first, and leaves nothing of its own behind.
+        """
         if site not in self._learners:
             records = self._divided[site]
-            self._learners[site] = build_learner(
-                self.study, records.train, records.held_out, choose_device(self._device)
+            learner = build_learner(
+                self.study,
+                records.train,
+                records.held_out,
+                choose_device(self._device),
+                module=self._module,
             )
+            if self.study.model is not None:
+                self._module = learner.module
+            self._learners[site] = learner
         return self._learners[site]
 
     def trainer(self, site: str, bundle: Bundle, entropy: Entropy) -> LocalTrainer:
@@ -156,7 +174,8 @@ class Federation:
     def alone(self, site: str, bundle: Bundle) -> dict[str, Array]:
         """What one hospital reaches with its own records only: the study's recipe without noise.
 
-        The same steps, clipping and optimisers as together; its model never leaves the hospital
+        The same steps, clipping and optimisers as together (its own part of each step, where the
+        study is joint); its model never leaves the hospital
         and needs no noise, so the comparison favours it. Sampling follows the simulation's seed.
         """
         learner, study = self.learner(site), self.study
@@ -173,7 +192,8 @@ class Federation:
         optimizer = bundle.optimizer()
         state = optimizer.initial(bundle.initial)
         for number in range(1, study.training.rounds + 1):
-            update = trainer.train({**state, **own}, number)
+            # Settings without noise shares give real numbers.
+            update = cast("NDArray[np.float32]", trainer.train({**state, **own}, number))
             state = optimizer.apply(state, bundle.layout.unflatten(update))
         return {**model_tensors(state), **own}
 
@@ -198,24 +218,38 @@ class Federation:
 
 
 def build_learner(
-    study: Study, train: Sequence[Record], held_out: Sequence[Record], device: torch.device
+    study: Study,
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    device: torch.device,
+    *,
+    module: nn.Module | None = None,
 ) -> Learner:
-    """The task's learner over one hospital's records. Raises DataError."""
+    """The task's learner over one hospital's records. Raises DataError.
+
+    `module`: of another learner of the same text study, to take turns in.
+    """
     if study.model is None:
         return TabularLearner(study, train, held_out, device=device)
     backbone = load_backbone(study.model.backbone)
-    return DiagnosisLearner(study, train, held_out, backbone, device=device)
+    return DiagnosisLearner(study, train, held_out, backbone, device=device, module=module)
 
 
 def build_trainer(bundle: Bundle, learner: Learner, entropy: Entropy, device: str) -> LocalTrainer:
-    """The trainer of a study over a hospital's learner; noise comes from `entropy`."""
+    """The trainer of a study over a hospital's learner; noise comes from `entropy`.
+
+    Raises RefusedError where the model cannot be trained privately: before any budget is charged.
+    """
     settings = TrainingSettings.from_study(
         bundle.study,
         noise_multiplier=bundle.noise_multiplier,
         evaluation_noise=bundle.evaluation_noise,
         statistics_noise=bundle.statistics_noise,
+        joint=bundle.joint_noise(),
     )
-    return LocalTrainer(learner, bundle.layout, settings, SecureNoise(entropy), device)
+    trainer = LocalTrainer(learner, bundle.layout, settings, SecureNoise(entropy), device)
+    trainer.admit()
+    return trainer
 
 
 def export_final(folder: Path, study: Study, state: Tensors) -> None:
@@ -226,7 +260,10 @@ def export_final(folder: Path, study: Study, state: Tensors) -> None:
     export_model(folder, study, load_backbone(study.model.backbone), state)
 
 
-def build_bundle(study: Study) -> Bundle:
-    """Resolve a study into its bundle. Raises DataError, ConfigError."""
+def build_bundle(study: Study) -> tuple[Bundle, str]:
+    """A study's bundle, and what computes its clipped sums (`BuiltModel.engine`).
+
+    Raises DataError, ConfigError, RefusedError.
+    """
     built = build_model(study)
-    return resolve(study, built.initial, built.backbone_digest, built.config)
+    return resolve(study, built.initial, built.backbone_digest, built.config), built.engine

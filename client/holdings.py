@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from client.data.partition import Partition, manifest, partition
 from client.data.records import Record, require_disjoint
 from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, ConfigError
 from common.study import DiagnosisTask, Simulation, Study
+
+if TYPE_CHECKING:
+    from client.data.partition import Partition
 
 __all__ = ["Holdings", "read_holdings", "table_columns"]
 
@@ -53,6 +55,9 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     tested = take_tables(tests, columns, labels=labels)
     held = tested.records
     require_disjoint(records, held)
+    # The division needs numpy: the files come first.
+    from client.data.partition import manifest, partition
+
     sites = tuple(site.id for site in study.sites)
     done = partition(records, split, labels=labels, seed=seed, sites=sites)
     testing: BySite = {}
@@ -92,9 +97,10 @@ def study_with_sites(study: Study, config: Path) -> Study:
     """
     if study.sites or study.simulation is None:
         return study
+    sites = tuple(read_holdings(study, config).records)
     from common.bundle import with_sites
 
-    return with_sites(study, tuple(read_holdings(study, config).records))
+    return with_sites(study, sites)
 
 
 def table_columns(study: Study, *, site: str | None = None) -> TableColumns:

@@ -12,7 +12,8 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,15 @@ from common.protocol.envelope import COORDINATOR
 from common.roster import Roster
 from common.strategy import model_tensors
 from common.study import Study
-from common.world import SystemEntropy, WallClock, make_folder, unix_seconds, write_durably
+from common.tensors import filed
+from common.world import (
+    SystemEntropy,
+    WallClock,
+    give_back_memory,
+    make_folder,
+    unix_seconds,
+    write_durably,
+)
 
 __all__ = [
     "ApprovedStudy",
@@ -68,6 +77,9 @@ class KeptTrainer(Trainer, Protocol):
 
 
 TrainerMaker = Callable[[TrainerTask], KeptTrainer]
+
+# A message that moves a model.
+_LARGE_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------------- what is approved
@@ -296,6 +308,8 @@ class HospitalHost:
             opened.site.daemon.start()
         for payload in payloads:
             opened.site.daemon.receive(payload)
+            if len(payload) > _LARGE_BYTES:
+                give_back_memory()
         self._conclude(opened)
         return Answer(opened.outbox.take())
 
@@ -348,7 +362,7 @@ class HospitalHost:
         )
         if approved.bundle.digest != study:
             raise RefusedError(Code.APPROVAL_STUDY, "Nobody here has approved this study.")
-        opened = self._open(approved)
+        opened = self._open(_filed(approved))
         self._open_studies[study] = opened
         return opened
 
@@ -378,6 +392,7 @@ class HospitalHost:
             watch=watch,
             key=approved.key,
             alone=True,
+            keep=partial(filed, folder=folder.journal),
         )
         site = open_site(setup, ledger, outbox)
         try:
@@ -395,7 +410,11 @@ class HospitalHost:
 
     def _population(self) -> Ledger:
         if self._ledger is None:
+            from client.budget import settle_unapproved
+
             self._ledger = open_population(self._config, self.folder, self._entropy)
+            # A withdrawal that was cut off, or raced with a round, has left its plan open.
+            settle_unapproved(self._ledger, self.folder)
         return self._ledger
 
     def _split(self, bundle: Bundle, ledger: Ledger | None) -> HeldOutSplit:
@@ -481,6 +500,14 @@ class HospitalHost:
             for study, trainer in list(self._trainers.items())
         ]
         return {"pid": os.getpid(), "site": self.site, "studies": studies, "trainers": trainers}
+
+
+def _filed(approved: ApprovedStudy) -> ApprovedStudy:
+    """The study with its initial weights in a file: they are used once. Raises StorageError."""
+    journal = approved.folder.journal
+    make_folder(journal, mode=0o700)
+    bundle = replace(approved.bundle, initial=filed(approved.bundle.initial, journal))
+    return replace(approved, bundle=bundle)
 
 
 def _approved_fields(approved: ApprovedStudy) -> dict[str, Value]:

@@ -140,13 +140,37 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
     folder = _folder(arguments)
     root = withdraw(folder, arguments.study, now=unix_seconds())
+    settled = _settled(folder)
     if arguments.json:
-        emit_json({"withdrawn": True, "folder": str(root)})
+        emit_json({"withdrawn": True, "folder": str(root), "budget_given_back": settled})
         return 0
     say(f"{arguments.study}: the approval is taken back; nothing more leaves for this study")
+    if settled is None:
+        say("the ledger cannot be used now; what was reserved is given back at the daemon's start")
+    elif settled:
+        say("what the study had reserved and not run is given back to the budget")
     say("what earlier rounds contributed is in the model and cannot be taken out")
     say("next: wardround client status")
     return 0
+
+
+def _settled(folder: HospitalFolder) -> bool | None:
+    """Whether a reservation was given back; None where the ledger cannot be used."""
+    if not folder.ledger.exists():
+        return False
+    from client.budget import settle_unapproved
+    from client.privacy.ledger import Ledger
+    from common.errors import StorageError
+    from common.world import WallClock
+
+    try:
+        ledger = Ledger.open_existing(folder.ledger, clock=WallClock())
+        try:
+            return settle_unapproved(ledger, folder) > 0
+        finally:
+            ledger.close()
+    except StorageError:
+        return None
 
 
 # ---------------------------------------------------------------- run, stop, start

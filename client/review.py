@@ -114,6 +114,7 @@ class Review:
             "quorum": self.plan.quorum,
             "dropouts_tolerated": self.plan.dropouts_tolerated,
             "colluders_tolerated": self.plan.colluders_tolerated,
+            "joint": None if self.plan.joint is None else asdict(self.plan.joint),
             "parameters": self.plan.parameters,
             "bytes_up": self.plan.bytes_up,
             "bytes_down": self.plan.bytes_down,
@@ -538,7 +539,20 @@ def _epsilon_lines(found: Review) -> list[str]:
         return ["epsilon    no differential privacy: the study promises patients nothing"]
     agreed = found.plan.training
     declared = "" if agreed is None else f" (it declares {agreed.budget:g} at {agreed.delta:g})"
+    joint = found.plan.joint
+    counted = (
+        ["noise      added by this hospital alone: the epsilon counts on nobody else"]
+        if joint is None
+        else [
+            (
+                f"noise      shared: the epsilon counts on {joint.honest} honest hospitals in "
+                "every round; of this study's training it is"
+            ),
+            *(f"           {a.epsilon:.3f} against {a.told}" for a in joint.audiences),
+        ]
+    )
     return [
+        *counted,
         f"epsilon    {forecast.own:.3f} for this study{declared}; the ceiling is {found.ceiling:g}",
         (
             f"           all studies: {forecast.before:.3f} before, at most {forecast.after:.3f} "

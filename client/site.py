@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from client.approval import Approval, StudyFacts, approve
 from client.config import Ceilings
 from client.daemon import SiteDaemon, told
-from client.privacy.ledger import Charge, Ledger, Reservation, RoundId, Spending
+from client.privacy.ledger import (
+    Charge,
+    Ledger,
+    PlanReservation,
+    Reservation,
+    RoundId,
+    Spending,
+)
 from client.round.effects import Work, Worked
 from client.round.machine import SiteRound
 from common.audit import ALONE, AuditLog, Value
@@ -29,7 +36,8 @@ from common.crypto.seal import Vault
 from common.errors import Code, DataError, RefusedError, WardroundError
 from common.evidence import AuditEvidence, Evidence
 from common.keys import secret_file
-from common.ports import Entropy, Journal, Trainer, Transport
+from common.plan import evaluation_rounds
+from common.ports import Entropy, Journal, Tensors, Trainer, Transport
 from common.protocol.transcript import Chain
 from common.protocol.wire import Witness
 from common.world import (
@@ -43,6 +51,7 @@ from common.world import (
 
 if TYPE_CHECKING:
     from client.federation import Federation
+    from client.holdings import Holdings
     from common.study import Study
 
 __all__ = [
@@ -59,6 +68,7 @@ __all__ = [
     "open_federation",
     "open_ledger",
     "open_site",
+    "plan_charges",
     "site_key",
     "switch_is_on",
     "write_demo",
@@ -93,6 +103,7 @@ class SiteSetup:
         watch: told of every event, beside the audit log.
         key: this hospital's identity in the study's roster; absent: the folder's own.
         alone: whether it keeps its audit log in a folder of its own, as a real hospital does.
+        keep: puts a model where it lies between two uses, and gives what reads it.
     """
 
     site: str
@@ -113,6 +124,7 @@ class SiteSetup:
     watch: Evidence | None = None
     key: SiteKey | None = None
     alone: bool = False
+    keep: Callable[[Tensors], Tensors] = lambda state: state
 
 
 def switch_is_on(path: Path) -> bool:
@@ -160,7 +172,7 @@ class HospitalWorker:
         self._reserve(request)
         # Reserved and durable: from here the budget stays charged, whatever happens.
         metrics: NDArray[np.int64] | None = None
-        update: NDArray[np.float32] | None = None
+        update: NDArray[np.float32] | NDArray[np.int32] | None = None
         statistics: NDArray[np.int64] | None = None
         if request.counts:
             statistics = trainer.statistics()
@@ -170,7 +182,7 @@ class HospitalWorker:
             update = self._train(trainer, request)
         return Worked(update, metrics, self._witness(), statistics)
 
-    def _train(self, trainer: Trainer, request: Work) -> NDArray[np.float32]:
+    def _train(self, trainer: Trainer, request: Work) -> NDArray[np.float32] | NDArray[np.int32]:
         """The update; zeros where a model that the gate is to judge cannot be trained on.
 
         A poisoned model may send every hospital's training to infinity. If that kept them from
@@ -180,7 +192,9 @@ class HospitalWorker:
             return trainer.train(request.state, request.round)
         except DataError as error:
             bundle = self._setup.bundle
-            if bundle.study.acceptance is None or error.code is not Code.UPDATE_NOT_FINITE:
+            joint = bundle.study.privacy.mode == "joint"  # its zeros would lack their noise
+            judged = bundle.study.acceptance is not None and not joint
+            if not judged or error.code is not Code.UPDATE_NOT_FINITE:
                 raise
             return np.zeros(bundle.layout.size, np.float32)
 
@@ -195,14 +209,28 @@ class HospitalWorker:
         bundle = self._setup.bundle
         charges = charges_of(bundle, request)
         round_id = RoundId(bundle.digest, "", request.round)
-        reservation = self._ledger.reserve_round(
-            round_id,
-            charges,
-            self._setup.split_id,
-            study_limit=bundle.study.privacy.epsilon or math.inf,
-        )
+        if bundle.study.privacy.mode == "joint":
+            reservation = self._ledger.draw_round(self._plan(self._ledger), round_id, charges)
+        else:
+            reservation = self._ledger.reserve_round(
+                round_id, charges, self._setup.split_id, study_limit=self._limit
+            )
         self._ledger.begin(reservation)
         self._reservations = {request.round: reservation}
+
+    @property
+    def _limit(self) -> float:
+        return self._setup.bundle.study.privacy.epsilon or math.inf
+
+    def _plan(self, ledger: Ledger) -> PlanReservation:
+        """The study's plan: the one that is open, also after a restart, or a new one."""
+        bundle = self._setup.bundle
+        known = ledger.open_plan(bundle.digest)
+        if known is not None:
+            return known
+        return ledger.reserve_plan(
+            bundle.digest, "", plan_charges(bundle), self._setup.split_id, study_limit=self._limit
+        )
 
     def release(self, round_number: int) -> None:
         """Record that the round's masked update leaves the hospital."""
@@ -215,28 +243,57 @@ class HospitalWorker:
         return switch_is_on(self._setup.kill_switch)
 
     def finished(self, chain: Chain) -> None:
-        """Keep the final model."""
+        """Keep the final model; what the study reserved and did not run is free again."""
+        if self._ledger is not None:
+            plan = self._ledger.open_plan(self._setup.bundle.digest)
+            if plan is not None:
+                self._ledger.settle_plan(plan)
         self.final = chain
 
 
 def charges_of(bundle: Bundle, request: Work) -> tuple[Charge, ...]:
     """What a round of a private study does to training patients and to held-out patients."""
+    return _charges(
+        bundle,
+        counted=int(request.counts),
+        trained=int(request.trains),
+        measured=int(request.measures),
+    )
+
+
+def plan_charges(bundle: Bundle) -> tuple[Charge, ...]:
+    """Everything a study may do to them, its spare rounds in every kind of work included.
+
+    Which kind of round will burn, nobody knows beforehand.
+    """
+    study = bundle.study
+    spare = study.training.spare_rounds
+    return _charges(
+        bundle,
+        counted=1 + spare if study.feature_count else 0,
+        trained=study.training.rounds + spare,
+        measured=len(evaluation_rounds(study)) + spare,
+    )
+
+
+def _charges(bundle: Bundle, *, counted: int, trained: int, measured: int) -> tuple[Charge, ...]:
     from common.accountant import DpEvent
 
     training = bundle.study.training
     charges: list[Charge] = []
     if bundle.noise_multiplier is None or bundle.evaluation_noise is None:
         raise AssertionError("a study with a ledger has resolved noise")
-    if request.counts:
+    if counted:
         if bundle.statistics_noise is None:
             raise AssertionError("a study that counts statistics has resolved their noise")
-        counted = DpEvent(bundle.statistics_noise, 1.0, 1)
-        charges.append(Charge("statistics", "train", (counted,)))
-    if request.trains:
-        steps = DpEvent(bundle.noise_multiplier, training.sampling_rate, training.local_steps)
-        charges.append(Charge("train", "train", (steps,)))
-    if request.measures:
-        release = DpEvent(bundle.evaluation_noise, 1.0, 1)
+        counting = DpEvent(bundle.statistics_noise, 1.0, counted)
+        charges.append(Charge("statistics", "train", (counting,)))
+    if trained:
+        steps = training.local_steps * trained
+        stepping = DpEvent(bundle.noise_multiplier, training.sampling_rate, steps)
+        charges.append(Charge("train", "train", (stepping,)))
+    if measured:
+        release = DpEvent(bundle.evaluation_noise, 1.0, measured)
         charges.append(Charge("evaluate", "held_out", (release,)))
     return tuple(charges)
 
@@ -252,6 +309,7 @@ def facts_of(bundle: Bundle, code_digest: bytes) -> StudyFacts:
         rounds=bundle.study.training.rounds,
         epsilon=privacy.epsilon,
         delta=privacy.delta,
+        joint=privacy.mode == "joint",
     )
 
 
@@ -336,8 +394,9 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
         if setup.watch is not None:
             evidence = _Told(evidence, setup.watch)
         worker = HospitalWorker(setup, ledger)
+        terms = setup.bundle.terms(setup.roster)
         machine = SiteRound(
-            setup.bundle.terms(setup.roster),
+            replace(terms, initial=setup.keep(terms.initial)),
             setup.site,
             key,
             setup.entropy,
@@ -378,21 +437,28 @@ def _contains(ledger: Ledger | None) -> Callable[[int, bytes], bool]:
     return ledger.contains
 
 
-def open_federation(study: Study, config: Path, *, device: str) -> Federation:
-    """All hospitals of a simulation; torch is loaded once their data have been read."""
+def open_federation(
+    study: Study, config: Path, *, device: str, holdings: Holdings | None = None
+) -> Federation:
+    """All hospitals of a simulation; torch is loaded once their data have been read.
+
+    `holdings`: their data, where they were read before.
+    """
     from client.holdings import read_holdings
 
-    holdings = read_holdings(study, config)
+    if holdings is None:
+        holdings = read_holdings(study, config)
     from client.federation import Federation
 
     return Federation(study, config, device=device, holdings=holdings)
 
 
-def built_parameters(study: Study) -> int:
+def built_parameters(study: Study) -> tuple[int, str]:
     """How many parameters the study trains; builds the model."""
     from client.build import build_model
 
-    return sum(value.size for value in build_model(study).initial.values())
+    built = build_model(study)
+    return sum(value.size for value in built.initial.values()), built.engine
 
 
 def forecast(folder: Path) -> None:

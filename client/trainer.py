@@ -271,10 +271,12 @@ class TrainerProcess:
         with self._guard:
             self._open()
 
-    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32]:
-        """One round's update, (d,) float32. Raises as `ready`, and as LocalTrainer.train."""
+    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32] | NDArray[np.int32]:
+        """One round's update, (d,). Raises as `ready`, and as LocalTrainer.train."""
+        bundle = self._task.bundle
         update = self._work("train", self._seen(state), round=round_number)
-        return _shaped(update, np.float32, (self._task.bundle.layout.size,))
+        kind = np.int32 if bundle.study.privacy.mode == "joint" else np.float32
+        return _shaped(update, kind, (bundle.layout.size,))
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state`, (m,) int64. Raises as `ready`."""

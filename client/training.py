@@ -1,5 +1,7 @@
 """Local training: one round of DP-SGD, or of plain mini-batches, and the metric words after it.
 
+With joint privacy a round is this hospital's part of one step of all hospitals.
+
 Everything public about a step (sampling rate, expected batch, steps, clip norm, noise) comes
 from the study; nothing is derived from how many patients this site has.
 """
@@ -21,15 +23,19 @@ from torch.optim.sgd import sgd
 
 from client.devices import choose_device
 from client.privacy.admission import admit
-from client.privacy.engine import PerSampleEngine
+from client.privacy.discrete import DiscreteGaussian
+from client.privacy.engine import EngineKind, PerSampleEngine, choose_engine
 from client.privacy.noise import SecureNoise
 from client.privacy.sampling import sample_patients
 from client.tasks.base import Learner, Normalising, Probing
 from common.errors import Code, DataError
+from common.joint import SLACK as JOINT_SLACK
+from common.joint import JointNoise
 from common.metrics import METRIC_SCALE, PATIENT_SENSITIVITY, words_from_counts
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN, STATISTIC_SCALE, StatisticsLayout
-from common.study import Study
+from common.strategy import released
+from common.study import Optimizer, Study
 from common.tensors import Layout
 
 # Noise on the metrics is rounded to words; this many words hide the float's low-order bits.
@@ -42,17 +48,20 @@ class TrainingSettings:
     """What the study says about a round inside a hospital.
 
     Args:
-        mode: `local`, DP-SGD; `none`, plain mini-batches without any promise to a patient.
+        mode: `joint`, one noised part of a common step; `local`, DP-SGD; `none`, plain
+            mini-batches without any promise to a patient.
         sampling_rate: q, with `local`.
         expected_batch: B, the public divisor of a step's sum; without DP, the batch in patients.
         micro_batch: rows in memory at a time; a patient's rows are never parted.
-        clip_norm: C, with `local`.
+        clip_norm: C, without `none`.
         noise_multiplier: sigma over C, with `local`.
-        evaluation_noise: the same for the metrics, over their sensitivity, with `local`.
-        statistics_noise: the same for the statistics of numeric features, with `local`.
+        joint: the grid and this hospital's share of the noise, with `joint`.
+        engine: what computes clipped sums.
+        evaluation_noise: the same for the metrics, over their sensitivity, without `none`.
+        statistics_noise: the same for the statistics of numeric features.
     """
 
-    mode: Literal["local", "none"]
+    mode: Literal["joint", "local", "none"]
     local_steps: int
     expected_batch: float
     micro_batch: int
@@ -67,10 +76,14 @@ class TrainingSettings:
     evaluation_noise: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     statistics_noise: float | None = None
+    joint: JointNoise | None = None
+    engine: EngineKind = "auto"
 
     def __post_init__(self) -> None:
         if self.mode == "local" and not (self.clip_norm and self.noise_multiplier):
             raise ValueError("mode local needs a clip norm and a noise multiplier")
+        if self.mode == "joint" and not (self.clip_norm and self.joint and self.local_steps == 1):
+            raise ValueError("mode joint needs a clip norm, shares of noise, and a single step")
         if self.evaluation_noise is not None and _word_std(self.evaluation_noise) < _WORD_STD_FLOOR:
             raise ValueError("the evaluation noise is too small to be rounded safely")
         if self.statistics_noise is not None and self.statistics_noise < _STATISTICS_FLOOR:
@@ -83,12 +96,20 @@ class TrainingSettings:
         noise_multiplier: float | None,
         evaluation_noise: float | None,
         statistics_noise: float | None = None,
+        joint: JointNoise | None = None,
     ) -> TrainingSettings:
-        """The study's settings with the noise multipliers that its bundle resolved."""
+        """The study's settings with the noise that its bundle resolved.
+
+        A joint study without `joint` is what a hospital does on its own: its update is its part
+        of the step, in real numbers that the secure sum does not take.
+        """
         training, optimizer = study.training, study.training.optimizer
-        private = study.privacy.mode == "local"
+        private = study.privacy.mode != "none"
+        mode = study.privacy.mode
+        if mode == "joint" and joint is None:
+            mode, optimizer = "local", Optimizer(name="sgd", learning_rate=1.0)
         return TrainingSettings(
-            mode=study.privacy.mode,
+            mode=mode,
             local_steps=training.local_steps,
             expected_batch=training.expected_batch,
             micro_batch=training.micro_batch,
@@ -104,6 +125,8 @@ class TrainingSettings:
             # Rounding in bfloat16 couples the patients of a batch beyond any fixed slack.
             precision="float32" if private or study.model is None else study.model.precision,
             statistics_noise=statistics_noise if private else None,
+            joint=joint,
+            engine=study.privacy.engine,
         )
 
 
@@ -112,8 +135,9 @@ class LocalTrainer:
 
     Guarantee: with mode `local`, `train` is `local_steps` Poisson-subsampled Gaussian mechanisms
         of noise multiplier `noise_multiplier` with the patient as the unit (docs/PRIVACY.md),
-        and the model was admitted first. After `train` the object holds neither the sample, nor
-        the key of the noise, nor the local weights.
+        and the model was admitted first. With mode `joint` it is one clipped sum with this
+        hospital's share of the noise: the promise is the sum's, over the quorum. After `train`
+        the object holds neither the sample, nor the key of the noise, nor the local weights.
     """
 
     def __init__(
@@ -131,6 +155,10 @@ class LocalTrainer:
         self._device = choose_device(device)
         self._reduced = _reduced(settings.precision, self._device)
         self._admitted = False
+        if settings.mode != "none" and self._device.type == "cuda":
+            # TF32 keeps ten bits of a product: its error grows with the number of patients.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
         learner.module.to(self._device)
         self._parameters = learner.trainable()
         shapes = {name: tuple(p.shape) for name, p in sorted(self._parameters.items())}
@@ -141,8 +169,8 @@ class LocalTrainer:
                 "or other shapes.",
             )
 
-    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32]:
-        """The update of one round, (d,) float32 in layout order.
+    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32] | NDArray[np.int32]:
+        """The update of one round, (d,) in layout order; words on the grid with mode `joint`.
 
         Raises:
             RefusedError: the model does not pass admission.
@@ -154,6 +182,8 @@ class LocalTrainer:
         self._normalise(state)
         self._learner.module.train()
         try:
+            if self._settings.mode == "joint":
+                return self._joint_words()
             if self._settings.mode == "local":
                 self._train_privately(start)
             else:
@@ -168,11 +198,13 @@ class LocalTrainer:
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state` on the held-out patients, (m,), noised under DP.
 
+        Measured is the model that would be released: the average, where one is kept.
+
         Guarantee: one Gaussian mechanism of noise multiplier `evaluation_noise`; the words are
             rounded after the noise, which is post-processing.
         """
         del round_number
-        self._load(self._layout.flatten(state))
+        self._load(self._layout.flatten(released(state)))
         self._normalise(state)
         self._learner.module.eval()
         with torch.no_grad(), self._autocast():
@@ -180,7 +212,7 @@ class LocalTrainer:
         if self._settings.mode == "none":
             return words_from_counts(counts)
         if self._settings.evaluation_noise is None:
-            raise ValueError("mode local needs evaluation noise to measure")
+            raise ValueError("a privacy mode needs evaluation noise to measure")
         std = self._settings.evaluation_noise * PATIENT_SENSITIVITY
         words = words_from_counts(self._noise.add_gaussian(counts, std))
         self._noise.renew()
@@ -198,36 +230,76 @@ class LocalTrainer:
         if self._settings.mode == "none":
             return words
         if self._settings.statistics_noise is None:
-            raise ValueError("mode local needs statistics noise to count")
+            raise ValueError("a privacy mode needs statistics noise to count")
         layout = StatisticsLayout(len(words) // 3)
         std = self._settings.statistics_noise * layout.sensitivity * STATISTIC_SCALE
         noised = self._noise.add_gaussian(words.astype(np.float64), std)
         self._noise.renew()
         return np.rint(noised).astype(np.int64)
 
+    def admit(self) -> None:
+        """Refuse, before anything is charged, a model that cannot be trained privately.
+
+        Raises RefusedError. Once is enough; without a privacy mode there is nothing to refuse.
+        """
+        if self._settings.mode != "none" and not self._admitted:
+            admit(self._probe(), kind=self._settings.engine)
+            self._admitted = True
+
     # ------------------------------------------------------------------ private steps
 
     def _train_privately(self, start: NDArray[np.float32]) -> None:
         settings = self._settings
+        assert settings.noise_multiplier is not None  # noqa: S101 - checked by the settings
+        with self._engine() as engine:
+            optimizer, anchor = self._optimizer(), self._anchor(start)
+            for _ in range(settings.local_steps):
+                self._private_step(engine, settings.noise_multiplier)
+                self._pull(anchor)
+                optimizer.step()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[PerSampleEngine]:
+        """What computes clipped sums, for an admitted model."""
+        settings = self._settings
         assert settings.clip_norm is not None  # noqa: S101 - checked by the settings
-        assert settings.noise_multiplier is not None  # noqa: S101
-        if not self._admitted:
-            admit(self._probe())
-            self._admitted = True
-        optimizer, anchor = self._optimizer(), self._anchor(start)
-        engine = PerSampleEngine(
+        self.admit()
+        engine = choose_engine(
+            settings.engine,
             self._learner.module,
             self._parameters,
             settings.clip_norm,
             reduced_precision=self._reduced,
         )
         try:
-            for _ in range(settings.local_steps):
-                self._private_step(engine, settings.noise_multiplier)
-                self._pull(anchor)
-                optimizer.step()
+            yield engine
         finally:
             engine.close()
+
+    def _joint_words(self) -> NDArray[np.int32]:
+        """-(clipped sum) / B on the grid, plus this hospital's share of the noise, (d,).
+
+        Guarantee: one patient moves the words before the noise by at most `joint.sensitivity`;
+            the share is an exact discrete Gaussian that depends on nothing. No word is larger
+            than the ring lets any party's be.
+        """
+        joint = self._settings.joint
+        assert joint is not None  # noqa: S101 - checked by the settings
+        share = DiscreteGaussian(self._noise, joint.share_std)
+        with self._engine() as engine:
+            if engine.sensitivity > JOINT_SLACK * engine.clip_norm:
+                raise AssertionError("joint noise is sized for float32 sums")
+            total = self._clipped_total(engine)
+        words = total.to("cpu", torch.float64).numpy()
+        # Towards lower loss, as every other update; ldexp is exact, so is the later division.
+        words *= -math.ldexp(1.0 / self._settings.expected_batch, joint.exponent)
+        np.rint(words, out=words)
+        np.clip(words, -joint.signal_bound, joint.signal_bound, out=words)
+        if not np.isfinite(words).all():
+            raise DataError(Code.UPDATE_NOT_FINITE, "the clipped sum is not finite.")
+        noised = words.astype(np.int32)
+        share.add_to(noised)
+        return noised
 
     def _probe(self) -> Learner:
         """What is tried at admission: this model over public records, where the task has some."""
@@ -242,20 +314,29 @@ class LocalTrainer:
 
     def _private_step(self, engine: PerSampleEngine, noise_multiplier: float) -> None:
         """Set every gradient to (clipped sum + noise) / B; an empty sample is noise alone."""
-        count = self._learner.patient_count()
-        sample = sample_patients(self._noise, count, self._settings.sampling_rate)
-        total = torch.zeros(self._layout.size, dtype=torch.float32, device=self._device)
-        for rows, owner, patients in self._micro_batches(sample):
-            with self._autocast():
-                losses = self._learner.losses(rows)
-            sums = engine.clipped_sum(losses, owner, patients).gradients
-            total += torch.cat([sums[spec.name].reshape(-1) for spec in self._layout.specs])
+        if self._device.type == "cuda":  # the processors are idle while the GPU computes
+            self._noise.prefetch(self._layout.size)
+        total = self._clipped_total(engine)
         noisy = self._noise.add_gaussian(total, noise_multiplier * engine.sensitivity)
         noisy /= self._settings.expected_batch
         for parameter, gradient in zip(
             self._ordered(), torch.split(noisy, list(self._layout.sizes)), strict=True
         ):
             parameter.grad = gradient.reshape(parameter.shape).to(parameter.dtype)
+
+    def _clipped_total(self, engine: PerSampleEngine) -> torch.Tensor:
+        """The clipped sum of one fresh Poisson sample, flat, (d,) float32."""
+        count = self._learner.patient_count()
+        sample = sample_patients(self._noise, count, self._settings.sampling_rate)
+        total = torch.zeros(self._layout.size, dtype=torch.float32, device=self._device)
+        parts = torch.split(total, list(self._layout.sizes))
+        for rows, owner, patients in self._micro_batches(sample):
+            with self._autocast():
+                losses = self._learner.losses(rows)
+            sums = engine.clipped_sum(losses, owner, patients).gradients
+            for spec, part in zip(self._layout.specs, parts, strict=True):
+                part.add_(sums[spec.name].reshape(-1))
+        return total
 
     def _micro_batches(
         self, patients: NDArray[np.int64]

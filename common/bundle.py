@@ -21,6 +21,7 @@ from common.crypto import labels
 from common.crypto.digest import digest
 from common.errors import Code, StorageError
 from common.gate import Gate
+from common.joint import JointNoise, joint_noise
 from common.metrics import metric_length
 from common.plan import CostModel, Plan, plan
 from common.ports import Tensors
@@ -97,29 +98,54 @@ class Bundle:
                 beta1=chosen.beta1,
                 beta2=chosen.beta2,
                 tau=chosen.tau,
+                average=self.study.aggregation.average,
             )
+        )
+
+    @cached_property
+    def _start(self) -> Tensors:
+        """The state before the first round: one for all parties of a process, never written to."""
+        state = self.optimizer().initial(self.initial)
+        for value in state.values():
+            value.setflags(write=False)
+        return state
+
+    def joint_noise(self) -> JointNoise | None:
+        """The grid and the noise shares of a joint study; None with any other mode.
+
+        Raises ConfigError where the ring has no room for them.
+        """
+        study, sigma = self.study, self.noise_multiplier
+        if study.privacy.mode != "joint":
+            return None
+        if sigma is None or study.privacy.clip_norm is None:
+            raise AssertionError("a joint study has a clip norm and resolved noise")
+        count = len(study.sites)
+        return joint_noise(
+            parties=count,
+            honest=study.honest(count),
+            parameters=self.layout.size,
+            clip_norm=study.privacy.clip_norm,
+            expected_batch=study.training.expected_batch,
+            noise_multiplier=sigma,
         )
 
     def terms(self, roster: Mapping[str, bytes]) -> Terms:
         """What the round machines need."""
         study, layout, optimizer = self.study, self.layout, self.optimizer()
-        count, bits = len(study.sites), study.aggregation.ring_bits
+        count, bits = len(study.sites), study.ring_bits
         if set(roster) != {site.id for site in study.sites}:
             raise StorageError(
                 Code.BUNDLE_DAMAGED, "The roster does not hold exactly the study's sites."
             )
-        exponents = initial_exponents(
-            layout.specs,
-            limit=limit(bits, count),
-            largest=first_range(study, self.noise_multiplier),
-        )
+        exponents = self._exponents(count)
         spare = study.training.spare_rounds
         features = study.feature_count
         noise = self.statistics_noise or 0.0
         statistics = StatisticsLayout(features, noise) if features else None
         counted: Tensors = {} if statistics is None else statistics.initial()
         ordered = tuple(exponents[spec.name] for spec in layout.specs)
-        initial: Tensors = {**optimizer.initial(self.initial), **counted}
+        initial: Tensors = {**self._start, **counted}
         gate = None
         if study.acceptance is not None:
             gate = Gate(study.acceptance.tolerance, len(study.task.labels))
@@ -143,7 +169,16 @@ class Bundle:
             statistic_words=0 if statistics is None else statistics.words,
             statistics=statistics,
             gate=gate,
+            joint=study.privacy.mode == "joint",
         )
+
+    def _exponents(self, count: int) -> dict[str, int]:
+        """The first round's grid, by tensor; with joint privacy that of all rounds."""
+        study, specs, joint = self.study, self.layout.specs, self.joint_noise()
+        if joint is not None:
+            return {spec.name: joint.exponent for spec in specs}
+        largest = first_range(study, self.noise_multiplier)
+        return initial_exponents(specs, limit=limit(study.ring_bits, count), largest=largest)
 
     def plan(
         self, patients: Mapping[str, int] | None = None, *, cost: CostModel | None = None

@@ -300,6 +300,21 @@ class Code(Enum):
         "A study would cost a patient more epsilon than it declares.",
         "The study's noise or rounds do not fit its epsilon; build and sign it again.",
     )
+    MODEL_RECURRENT = (
+        "WR-3021",
+        "A trained recurrent layer runs all time steps at once, so that no patient's share can be told apart.",
+        "Use LoopLSTM or LoopGRU (client.privacy.recurrent), which load its weights, or freeze the layer.",
+    )
+    BUDGET_PLAN = (
+        "WR-3023",
+        "The plan's reserved steps are used up.",
+        "The study has done, or tried, everything it was approved for; a longer one is a new study.",
+    )
+    PLAN_DIFFERS = (
+        "WR-3024",
+        "The ledger holds a reservation of this study for other work.",
+        "Go on with the software version that reserved it, or withdraw the study: what was not run is then given back.",
+    )
     # ---- 31xx approval and ceilings
     APPROVAL_STOPPED = (
         "WR-3101",
@@ -344,7 +359,12 @@ class Code(Enum):
     APPROVAL_NO_PRIVACY = (
         "WR-3109",
         "The study trains without differential privacy and this hospital requires it.",
-        "Agree on privacy.mode: local, or set ceilings.require_privacy: false after a review.",
+        "Agree on privacy.mode: joint or local, or set ceilings.require_privacy: false after a review.",
+    )
+    APPROVAL_JOINT = (
+        "WR-3114",
+        "The study's epsilon counts on other hospitals' noise and this hospital does not accept that.",
+        "Agree on privacy.mode: local, or set ceilings.accept_joint: true after a review.",
     )
     CODE_ALTERED = (
         "WR-3110",
@@ -943,6 +963,11 @@ class Code(Enum):
         "WR-7043",
         "No noise can meet the study's privacy target.",
         "Raise epsilon, lower rounds, local_steps or sampling_rate, or use more patients.",
+    )
+    JOINT_RING = (
+        "WR-7044",
+        "The ring has no room for joint noise.",
+        "Lower training.expected_batch, train fewer parameters (lora, bitfit, head) or use privacy.mode: local.",
     )
     # ---- deployment: the coordinator's run
     NOT_PUBLISHED = (

@@ -12,25 +12,30 @@ from typing import Any
 
 from common.accountant import DpEvent, epsilon, solve_noise_multiplier, solve_sigma
 from common.errors import Code, ConfigError
+from common.joint import audiences, joint_noise
 from common.metrics import PATIENT_SENSITIVITY, metric_length
 from common.secagg.quorum import tolerates
 from common.statistics import StatisticsLayout
 from common.study import Study
 
 __all__ = [
+    "AudiencePlan",
     "CostModel",
     "EvaluationPlan",
+    "JointPlan",
     "Plan",
     "StatisticsPlan",
     "TrainingPlan",
     "evaluation_rounds",
     "message_bytes",
+    "noise_to_signal",
     "plan",
     "render",
 ]
 
 _CURVE_POINTS = 50
 _WEAK_EPSILON = 10.0
+_ROUNDING = 0.02
 STATISTICS_SHARE = 0.1
 """The part of epsilon that the normalisation statistics get where the study does not say."""
 
@@ -62,8 +67,10 @@ class TrainingPlan:
         curve: (round, epsilon after it), every round, or about 50 points of a long study,
             where none is burned.
         noise_to_signal: the noise of a round's mean update against its largest possible
-            signal: sigma * sqrt(d) / B, divided by sqrt(n * steps) because every hospital's
-            every step draws its own noise; 0.3 or less is comfortable.
+            signal, in L2; 0.3 or less is comfortable. With mode local sigma * sqrt(d) / B, divided
+            by sqrt(n * steps) because every hospital's every step draws its own noise; with mode
+            joint sigma * sqrt(d) / (n * B), times sqrt(n / h) because all n shares are in the sum
+            where nobody drops out.
         budget_rounds: how many rounds, burned ones included, the study's epsilon pays for.
     """
 
@@ -80,6 +87,35 @@ class TrainingPlan:
     curve: tuple[tuple[int, float], ...]
     budget_rounds: int
     noise_to_signal: float
+
+
+@dataclass(frozen=True, slots=True)
+class AudiencePlan:
+    """What the training costs a patient against one audience, all spare rounds included."""
+
+    name: str
+    told: str
+    noise_multiplier: float
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """The noise of a joint study.
+
+    Units:
+        honest: h = Q - c, the survivors whose shares are counted on.
+        exponent: of the grid 2**-exponent.
+        share_std: standard deviation of one hospital's share, in grid units.
+        rounding: how much larger the noise is because of the grid; 0.01 is one per cent.
+        audiences: epsilon by who conspires; the ledger charges the one of `colluders`.
+    """
+
+    honest: int
+    exponent: int
+    share_std: float
+    rounding: float
+    audiences: tuple[AudiencePlan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +190,8 @@ class Plan:
     seconds_network: float
     warnings: tuple[str, ...] = field(default=())
     statistics: StatisticsPlan | None = None
+    joint: JointPlan | None = None
+    engine: str = ""
 
     @property
     def seconds_per_round(self) -> float:
@@ -193,6 +231,7 @@ def plan(
     patients: Mapping[str, int] | None = None,
     backbone_parameters: int = 0,
     cost: CostModel | None = None,
+    engine: str = "",
 ) -> Plan:
     """What `study` will do with a model of `parameters` trainable parameters.
 
@@ -203,6 +242,7 @@ def plan(
         patients: patients by hospital, where one user may know them (a simulation).
         backbone_parameters: parameters of the frozen part, for the seconds.
         cost: another cost model.
+        engine: what computes clipped sums, and why, where the model was built.
 
     Raises:
         ConfigError: no noise reaches the study's epsilon, or its hospitals are not known.
@@ -218,7 +258,8 @@ def plan(
     training = _training(study, parameters, parties, statistics)
     evaluation = _evaluation(study, parties, counts)
     up, down = message_bytes(parties)
-    vector = parameters * study.aggregation.ring_bits // 8 + 8 * evaluation.words
+    joint = None if training is None else _joint(study, parameters, parties, training, statistics)
+    vector = parameters * study.ring_bits // 8 + 8 * evaluation.words
     seconds = _seconds(study, parameters, backbone_parameters, parties, cost)
     return Plan(
         study=study.name,
@@ -230,7 +271,7 @@ def plan(
         colluders_tolerated=study.colluders(parties),
         rounds=study.training.rounds,
         parameters=parameters,
-        ring_bits=study.aggregation.ring_bits,
+        ring_bits=study.ring_bits,
         labels=len(study.task.labels),
         patients=counts,
         training=training,
@@ -241,9 +282,11 @@ def plan(
         seconds_masking=seconds[1],
         seconds_network=(up + down + 2 * vector) / cost.link_bytes,
         warnings=tuple(
-            _warnings(study, parties - quorum, training, evaluation, counts),
+            _warnings(study, parties - quorum, training, evaluation, counts, joint),
         ),
         statistics=statistics,
+        joint=joint,
+        engine=engine,
     )
 
 
@@ -268,6 +311,12 @@ def _training(
         return releases.epsilon(chosen, rounds)
 
     total = releases.most(sigma)
+    if privacy.mode == "joint" and total > budget:
+        raise ConfigError(
+            Code.PLAN_IMPOSSIBLE,
+            f"noise_multiplier {sigma:g} spends epsilon {total:.2f} of {budget:g}, and joint "
+            "hospitals reserve all of it at once.",
+        )
     return TrainingPlan(
         sampling_rate=terms.sampling_rate,
         expected_batch=terms.expected_batch,
@@ -281,10 +330,48 @@ def _training(
         delta=delta,
         curve=tuple((r, spent(r)) for r in _curve_rounds(terms.rounds)),
         budget_rounds=most if total <= budget else _affordable(spent, most, budget),
-        noise_to_signal=sigma
-        * math.sqrt(parameters / (parties * terms.local_steps))
-        / terms.expected_batch,
+        noise_to_signal=noise_to_signal(
+            study, sigma, parameters=parameters, parties=parties, batch=terms.expected_batch
+        ),
     )
+
+
+def noise_to_signal(
+    study: Study, sigma: float, *, parameters: int, parties: int, batch: float
+) -> float:
+    """A round's noise over its largest possible signal (`TrainingPlan`), at B = `batch`."""
+    root = sigma * math.sqrt(parameters) / batch
+    if study.privacy.mode == "joint":
+        return root / math.sqrt(parties * study.honest(parties))
+    return root / math.sqrt(parties * study.training.local_steps)
+
+
+def _joint(
+    study: Study,
+    parameters: int,
+    parties: int,
+    training: TrainingPlan,
+    statistics: StatisticsPlan | None,
+) -> JointPlan | None:
+    if study.privacy.mode != "joint":
+        return None
+    sigma = training.noise_multiplier
+    honest = study.honest(parties)
+    noise = joint_noise(
+        parties=parties,
+        honest=honest,
+        parameters=parameters,
+        clip_norm=training.clip_norm,
+        expected_batch=training.expected_batch,
+        noise_multiplier=sigma,
+    )
+    releases = _Releases(study, statistics, training.delta)
+    quorum, colluders = study.quorum_size(parties), study.colluders(parties)
+    seen = tuple(
+        AudiencePlan(a.name, a.told, sigma * a.factor, releases.most(sigma * a.factor))
+        for a in audiences(parties, quorum, colluders)
+    )
+    return JointPlan(honest, noise.exponent, noise.share_std, noise.rounding, seen)
 
 
 class _Releases:
@@ -292,6 +379,7 @@ class _Releases:
 
     def __init__(self, study: Study, statistics: StatisticsPlan | None, delta: float) -> None:
         self._terms, self._delta = study.training, delta
+        self._whole = study.privacy.mode == "joint"
         self._statistics = None if statistics is None else statistics.noise_multiplier
 
     def epsilon(self, sigma: float, rounds: int, counted: int = 1) -> float:
@@ -305,12 +393,13 @@ class _Releases:
     def most(self, sigma: float) -> float:
         """Epsilon of all rounds, wherever the spare rounds burn: in statistics or in training.
 
-        Many spare rounds are counted in both places, which is an upper bound.
+        Many spare rounds are counted in both places, which is an upper bound. So are those of a
+        joint study: its hospitals reserve everything at once, before anybody knows where.
         """
         rounds, spare = self._terms.rounds, self._terms.spare_rounds
         if self._statistics is None:
             return self.epsilon(sigma, rounds + spare)
-        if spare > _PLACES_CHECKED:
+        if self._whole or spare > _PLACES_CHECKED:
             return self.epsilon(sigma, rounds + spare, 1 + spare)
         return max(self.epsilon(sigma, rounds + spare - k, 1 + k) for k in range(spare + 1))
 
@@ -415,6 +504,7 @@ def _warnings(
     training: TrainingPlan | None,
     evaluation: EvaluationPlan,
     patients: Mapping[str, int],
+    joint: JointPlan | None,
 ) -> list[str]:
     found: list[str] = []
     if spare == 0:
@@ -423,6 +513,12 @@ def _warnings(
         found.append("mode none: updates are masked, but nothing is promised to a patient")
         return found
     found.extend(_privacy_warnings(training, patients))
+    found.extend(_noise_warnings(study, training, patients))
+    if joint is not None and joint.rounding > _ROUNDING:
+        found.append(
+            f"the grid of the ring makes the noise {joint.rounding:.0%} larger: lower "
+            "expected_batch and sampling_rate together, or train fewer parameters"
+        )
     found.extend(_patient_warnings(study, training, patients))
     if evaluation.accuracy_noise is not None and evaluation.accuracy_noise > 0.05:  # noqa: PLR2004
         found.append(
@@ -463,12 +559,33 @@ def _privacy_warnings(training: TrainingPlan, patients: Mapping[str, int]) -> li
     largest = max(patients.values(), default=0)
     if largest and training.delta > 1 / (10 * largest):
         found.append(f"delta {training.delta:g} is above 1/(10 x {largest} patients)")
-    if training.noise_to_signal > 1:
-        found.append(
-            f"noise is {training.noise_to_signal:.1f} times the largest signal of a round: "
-            "train fewer parameters, or raise expected_batch and sampling_rate"
-        )
     return found
+
+
+def _noise_warnings(study: Study, training: TrainingPlan, patients: Mapping[str, int]) -> list[str]:
+    """Where the noise drowns what there is to learn: how many patients would be needed.
+
+    Signal grows with q times the patients of a hospital; B is only what the study expects of it.
+    """
+    ratio = training.noise_to_signal
+    batch = training.expected_batch
+    if patients:
+        mean = sum(patients.values()) / len(patients)
+        there = training.sampling_rate * mean * (1 - study.evaluation.held_out)
+        # The mean is over everybody: one step's signal is what all patients of it add up to.
+        ratio *= batch / there
+    if ratio <= 1:
+        return []
+    needed = ratio * (there if patients else batch) / training.sampling_rate
+    needed /= 1 - study.evaluation.held_out
+    message = (
+        f"noise is {ratio:.1f} times the largest signal of a round: about {needed:,.0f} patients "
+        "per hospital would make them equal; or train fewer parameters, raise sampling_rate with "
+        "expected_batch, or plan fewer rounds"
+    )
+    if study.privacy.mode == "local":
+        message += "; privacy.mode: joint adds the noise once instead of at every hospital"
+    return [message]
 
 
 def _patient_warnings(
@@ -496,7 +613,8 @@ def _patient_warnings(
 
 def render(plan: Plan) -> str:
     """The plan as a text table, one fact a line."""
-    rows = [*_party_rows(plan), *_training_rows(plan), *_statistics_rows(plan)]
+    rows = [*_party_rows(plan), *_training_rows(plan), *_joint_rows(plan)]
+    rows += _statistics_rows(plan)
     rows += [*_evaluation_rows(plan), *_cost_rows(plan)]
     width = max(len(name) for name, _ in rows)
     lines = [f"Plan of study {plan.study}", ""]
@@ -526,14 +644,17 @@ def _training_rows(plan: Plan) -> list[tuple[str, str]]:
     training = plan.training
     if training is None:
         return [("privacy", "none: masks only, no promise to a patient")]
+    each = "each hospital's own noise" if plan.joint is None else "one noise for all hospitals"
     origin = "solved" if training.solved else "given"
     return [
+        ("privacy", f"{plan.mode}: {each}"),
         ("unit of privacy", "patient (add or remove one)"),
         ("sampling rate q", f"{training.sampling_rate:g}"),
         ("expected batch B", f"{training.expected_batch:g}"),
         ("steps", f"{training.local_steps} a round, {training.local_steps * plan.rounds} in all"),
         ("clip norm C", f"{training.clip_norm:g}"),
         ("noise multiplier", f"{training.noise_multiplier:g} ({origin})"),
+        *([("clipped sums by", plan.engine)] if plan.engine else []),
         ("epsilon, training", f"{training.curve[-1][1]:.3f} after round {plan.rounds}"),
         (
             "at most",
@@ -544,6 +665,23 @@ def _training_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("noise / signal", f"{training.noise_to_signal:.2f} (0.3 or less is comfortable)"),
     ]
+
+
+def _joint_rows(plan: Plan) -> list[tuple[str, str]]:
+    joint = plan.joint
+    if joint is None:
+        return []
+    rows = [
+        (
+            "noise added",
+            (
+                f"once, in shares: {joint.honest} honest survivors, quorum {plan.quorum} less "
+                f"{plan.colluders_tolerated} colluders, are enough"
+            ),
+        )
+    ]
+    rows += [("epsilon against", f"{a.epsilon:.3f}  {a.told}") for a in joint.audiences]
+    return rows
 
 
 def _statistics_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -6,13 +6,14 @@ what they plug in here (ARCHITECTURE.md, "One code path").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # numpy's import is a sixth of what a verb without tensors costs
+    import numpy as np
+    from numpy.typing import NDArray
 
-Tensors = Mapping[str, NDArray[np.float32]]
+Tensors: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 
 
 class Clock(Protocol):
@@ -58,7 +59,7 @@ class Journal(Protocol):
         ...
 
     def put_blob(
-        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+        self, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Write the concatenation of `parts` under `name`, replacing what was there."""
         ...
@@ -75,8 +76,12 @@ class Journal(Protocol):
 class Trainer(Protocol):
     """Turns a hospital's records into numbers; the only port that sees a record."""
 
-    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32]:
-        """The local update after training from `state`: flat, (d,) float32, tensors by name."""
+    def train(self, state: Tensors, round_number: int) -> NDArray[np.float32] | NDArray[np.int32]:
+        """The local update after training from `state`, flat, tensors by name.
+
+        Shapes: (d,) float32; with joint privacy (d,) int32, on the study's grid and with this
+            site's share of the noise.
+        """
         ...
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:

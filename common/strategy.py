@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import AbortedRound, Code
+from common.gate import PREFIX as GATE
 from common.gate import standing
 from common.ports import Tensors
 
@@ -32,6 +33,7 @@ __all__ = [
     "mean_update",
     "model_tensors",
     "next_exponents",
+    "released",
 ]
 
 OptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
@@ -44,6 +46,8 @@ RANGE_FLOOR = 2.0**-12
 """The smallest quantisation range: a tensor that once stood still may still move."""
 
 _SLOT_PREFIX = "optimizer/"
+_AVERAGE = "average"
+_COUNT = _SLOT_PREFIX + "averaged"
 _SLOTS: Mapping[str, tuple[str, ...]] = {
     "fedavg": (),
     "fedavgm": ("m",),
@@ -87,6 +91,7 @@ class OptimizerSettings:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in _SLOTS:
@@ -95,6 +100,8 @@ class OptimizerSettings:
             raise ValueError("the server learning rate must be positive and finite")
         if not all(0 <= share < 1 for share in (self.momentum, self.beta1, self.beta2)):
             raise ValueError("momentum, beta1 and beta2 must lie in [0, 1)")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError("the decay of the average must lie in (0, 1)")
         if not (math.isfinite(self.tau) and np.float32(self.tau) * np.float32(self.tau) > 0):
             raise ValueError("tau must be positive, and its square a float32")
 
@@ -103,7 +110,10 @@ class ServerOptimizer:
     """One of the five server optimisers, as a pure function from state to state.
 
     The state is one flat mapping: the model's tensors under their own names, and the
-    optimiser's slots under `optimizer/m/<tensor>` and `optimizer/v/<tensor>`.
+    optimiser's slots under `optimizer/m/<tensor>` and `optimizer/v/<tensor>`. With `average`
+    the running average of the models lies under `optimizer/average/<tensor>`: what is measured
+    and released (`released`). Its decay grows to `average` as min(average, (1 + t) / (10 + t)),
+    so that the first models are soon forgotten.
 
     Guarantee: the same state and mean update give the same bits on every IEEE 754 machine.
     Source: Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2 (FedAdam,
@@ -129,6 +139,10 @@ class ServerOptimizer:
         for name in sorted(tensors):
             for slot in self._slots:
                 state[_slot_name(slot, name)] = np.full(tensors[name].shape, start[slot])
+            if self.settings.average is not None:
+                state[_slot_name(_AVERAGE, name)] = state[name].copy()
+        if self.settings.average is not None:
+            state[_COUNT] = np.zeros(1, np.float32)
         return state
 
     def apply(self, state: Tensors, mean_update: Tensors) -> dict[str, Array]:
@@ -141,13 +155,18 @@ class ServerOptimizer:
         """
         _require_subnormals()
         names = sorted(name for name in state if not name.startswith(_SLOT_PREFIX))
-        expected = set(names) | {_slot_name(s, name) for name in names for s in self._slots}
+        averaging = self.settings.average is not None
+        slots = (*self._slots, _AVERAGE) if averaging else self._slots
+        expected = set(names) | {_slot_name(s, name) for name in names for s in slots}
+        expected |= {_COUNT} if averaging else set()
         if set(state) != expected or set(mean_update) != set(names):
             raise ValueError("the mean update's tensors or the optimiser's slots do not match")
         result: dict[str, Array] = {}
         with np.errstate(all="ignore"):
             for name in names:
                 result.update(self._apply_one(name, state, _float32(mean_update[name])))
+            if self.settings.average is not None:
+                result.update(_averaged(state, result, names, np.float32(self.settings.average)))
         return result
 
     def _apply_one(self, name: str, state: Tensors, update: Array) -> dict[str, Array]:
@@ -189,13 +208,40 @@ class ServerOptimizer:
         return self._beta2 * second + self._rest2 * square
 
 
+def _averaged(
+    state: Tensors, moved: Mapping[str, Array], names: Sequence[str], decay: np.float32
+) -> dict[str, Array]:
+    """The average's slots after one more model."""
+    count = _float32(state[_COUNT]) + np.float32(1)
+    young = (np.float32(1) + count) / (np.float32(10) + count)
+    rest = np.float32(1) - np.minimum(decay, young)
+    result = {_COUNT: count}
+    for name in names:
+        old = _float32(state[_slot_name(_AVERAGE, name)]).reshape(-1)
+        new, model = np.empty_like(old), moved[name].reshape(-1)
+        for part in _parts(old.size):
+            new[part] = old[part] + rest * (model[part] - old[part])
+        result[_slot_name(_AVERAGE, name)] = new.reshape(moved[name].shape)
+    return result
+
+
+def released(state: Tensors) -> dict[str, Array]:
+    """The model of a state as it is measured and given away: the average, where one is kept.
+
+    Without the optimiser's slots; statistics are part of a model.
+    """
+    prefix = _slot_name(_AVERAGE, "")
+    averages = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    own = {n: v for n, v in state.items() if not n.startswith((_SLOT_PREFIX, GATE))}
+    return {name: _float32(averages.get(name, value)) for name, value in own.items()}
+
+
 def model_tensors(state: Tensors) -> dict[str, Array]:
     """The model that a state leaves to the world: without the optimiser's slots.
 
     Where an acceptance gate watches, it is the last accepted one.
     """
-    kept = standing(state)
-    return {name: value for name, value in kept.items() if not name.startswith(_SLOT_PREFIX)}
+    return released(standing(state))
 
 
 def mean_update(

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from common.config import Frozen, Rules
 from common.ids import is_site_id
+from common.joint import RING_BITS as JOINT_RING_BITS
 from common.secagg import quorum as quorums
 
 __all__ = [
@@ -286,14 +287,28 @@ class Aggregation(Frozen):
     """How masked updates become the next model."""
 
     optimizer: ServerOptimizer = Field(ServerOptimizer(), description="applied to the mean update")
-    ring_bits: Literal[24, 32] = Field(24, description="bits of a masked word: 24 or 32")
+    ring_bits: Literal[24, 32] | None = Field(
+        None, description="bits of a masked word; absent: 32 with privacy.mode: joint, else 24"
+    )
+    average: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="release the running average of the models, with this decay; absent: the last",
+    )
 
 
 class Privacy(Frozen):
     """What a patient is promised; the unit is the patient."""
 
-    mode: Literal["local", "none"] = Field(
-        description="local: DP-SGD inside every hospital; none: masks only, no promise to a patient"
+    mode: Literal["joint", "local", "none"] = Field(
+        description="joint: every round is one DP step of all hospitals, noised once inside the "
+        "secure sum; local: DP-SGD inside every hospital; none: masks only, no promise to a patient"
+    )
+    engine: Literal["auto", "bookkeeping", "opacus"] = Field(
+        "auto",
+        description="what computes clipped sums: bookkeeping is fast and small, opacus keeps every "
+        "record's gradient; auto: bookkeeping where it knows every layer",
     )
     epsilon: float | None = Field(
         None, gt=0, le=100, description="budget of the whole study per patient"
@@ -321,9 +336,10 @@ class Privacy(Frozen):
     @model_validator(mode="after")
     def _rules(self) -> Self:
         rules = Rules()
-        if self.mode == "local":
+        if self.mode != "none":
             for key in ("epsilon", "delta", "clip_norm"):
-                rules.require(getattr(self, key) is not None, key, "is needed with mode: local")
+                given = getattr(self, key) is not None
+                rules.require(given, key, f"is needed with mode: {self.mode}")
             share, whole = self.evaluation_epsilon, self.epsilon
             rules.require(
                 share is None or whole is None or share <= whole,
@@ -337,8 +353,8 @@ class Privacy(Frozen):
                 f"must leave something of epsilon for training (got {part} of {whole})",
             )
         else:
-            for key in type(self).model_fields:
-                given = key != "mode" and getattr(self, key) is not None
+            for key, field in type(self).model_fields.items():
+                given = key != "mode" and getattr(self, key) != field.default
                 rules.require(not given, key, "has no effect with mode: none; remove it")
         rules.done()
         return self
@@ -373,10 +389,16 @@ class Site(Frozen):
 
 
 class Quorum(Frozen):
-    """How many hospitals may conspire."""
+    """How many hospitals may conspire, and how many must stay to the end of a round."""
 
     colluders: int | None = Field(
         None, ge=1, description="c: hospitals that may conspire; absent: a third, at least one"
+    )
+    survivors: int | None = Field(
+        None,
+        ge=MIN_SITES,
+        description="Q: hospitals that a round needs; absent: the fewest that withstand the "
+        "colluders. With privacy.mode: joint a larger Q means less noise and fewer dropouts",
     )
 
 
@@ -491,7 +513,7 @@ class Study(Frozen):
     sites: Annotated[Listed[Site], Field(max_length=MAX_SITES)] = Field(
         (), description="every hospital; may be absent where `simulation` makes them"
     )
-    quorum: Quorum = Field(Quorum(), description="how many hospitals may conspire")
+    quorum: Quorum = Field(Quorum(), description="who may conspire, and how many must answer")
     deadlines: Deadlines = Field(Deadlines(), description="how long the coordinator waits")
     simulation: Simulation | None = Field(None, description="how one machine plays all hospitals")
 
@@ -515,6 +537,8 @@ class Study(Frozen):
             "must not be bfloat16 with a privacy mode: its rounding lets one patient change what "
             "others contribute",
         )
+        if self.privacy.mode == "joint":
+            self._joint_rules(rules)
         self._task_rules(rules)
         self._site_rules(rules)
         if self.party_count is not None and self.party_count >= MIN_SITES:
@@ -533,6 +557,28 @@ class Study(Frozen):
         else:
             message = "has no effect with task.kind: tabular, which says what learns; remove it"
             rules.require(self.model is None, "model", message)
+
+    def _joint_rules(self, rules: Rules) -> None:
+        """A joint round is one step of the server's optimiser on everybody's clipped gradients."""
+        steps = self.training.local_steps
+        rules.require(
+            steps == 1,
+            "training.local_steps",
+            f"must be 1 with privacy.mode: joint, where a round is one step (got {steps})",
+        )
+        message = "has no effect with privacy.mode: joint, where only the server's optimiser steps"
+        plain = self.training.optimizer == Optimizer()
+        rules.require(plain, "training.optimizer", message + "; remove it")
+        rules.require(not self.training.proximal, "training.proximal", message + "; remove it")
+        rules.require(
+            self.aggregation.ring_bits in {None, JOINT_RING_BITS},
+            "aggregation.ring_bits",
+            f"must be {JOINT_RING_BITS} with privacy.mode: joint, or be left out",
+        )
+        for index, site in enumerate(self.sites):
+            where = f"sites.{index}.weight"
+            message = "must be 1 with privacy.mode: joint: every patient counts alike"
+            rules.require(site.weight == 1, where, message)
 
     def _site_rules(self, rules: Rules) -> None:
         count = len(self.sites)
@@ -553,6 +599,16 @@ class Study(Frozen):
             "quorum.colluders",
             f"must be at most {count - 2} of {count} hospitals: a sum over fewer than two honest "
             f"ones hides nothing (got {colluders})",
+        )
+        asked = self.quorum.survivors
+        if asked is None or colluders > count - 2:
+            return
+        least = quorums.quorum(count, colluders)
+        rules.require(
+            least <= asked <= count,
+            "quorum.survivors",
+            f"must lie between {least}, which withstands {colluders} colluders, and the {count} "
+            f"hospitals (got {asked})",
         )
 
     def _simulation_rules(self, rules: Rules, simulation: Simulation) -> None:
@@ -639,7 +695,20 @@ class Study(Frozen):
 
     def quorum_size(self, count: int) -> int:
         """Q: how many of `count` hospitals must agree before anything is revealed."""
-        return quorums.quorum(count, self.colluders(count))
+        asked = self.quorum.survivors
+        return quorums.quorum(count, self.colluders(count)) if asked is None else asked
+
+    def honest(self, count: int) -> int:
+        """H = Q - c: honest survivors of `count` hospitals that every round has at least."""
+        return self.quorum_size(count) - self.colluders(count)
+
+    @property
+    def ring_bits(self) -> Literal[24, 32]:
+        """Bits of a masked word of the update."""
+        named = self.aggregation.ring_bits
+        if named is not None:
+            return named
+        return JOINT_RING_BITS if self.privacy.mode == "joint" else 24
 
     def with_sites(self, sites: Sequence[Site]) -> Study:
         """The same study with these sites, and the simulation's own list gone; checked anew."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.crypto.digest import tensors_digest
+from common.crypto.digest import flat_view, tensors_digest
 from common.errors import Code, StorageError
 from common.ports import Tensors
+
+# Of tensors that lie in a file, so much may be in memory while they are gone through.
+_RESIDENT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,12 @@ class Layout:
         """Values per tensor, in order."""
         return tuple(spec.size for spec in self.specs)
 
+    @property
+    def places(self) -> tuple[slice, ...]:
+        """Where each tensor lies in the flat vector, in order."""
+        ends = accumulate(self.sizes)
+        return tuple(slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True))
+
     def flatten(self, tensors: Tensors) -> NDArray[np.float32]:
         """The tensors as one vector, (d,) float32."""
         if not self.specs:
@@ -82,19 +94,94 @@ def state_digest(tensors: Tensors) -> bytes:
     return tensors_digest(tensors)
 
 
+class LazyTensors(Mapping[str, NDArray[np.float32]]):
+    """Named tensors, each made anew whenever it is asked for: in memory as long as it is used.
+
+    Args:
+        names: of the tensors.
+        make: makes one of them.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], NDArray[np.float32]]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class FiledTensors(Mapping[str, NDArray[np.float32]]):
+    """Read-only tensors in a file without a name: next to no memory between two uses.
+
+    Args:
+        tensors: what is written there.
+        folder: where room for them is; nobody can open the file by it.
+
+    Guarantee: the file goes with the last array of it, or with the process.
+    Raises StorageError where it cannot be written.
+    """
+
+    def __init__(self, tensors: Tensors, folder: Path) -> None:
+        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._used = 0
+        at = 0
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                for name, value in tensors.items():
+                    self._places[name] = (at, tuple(value.shape))
+                    at += file.write(flat_view(np.ascontiguousarray(value, "<f4")))
+                file.flush()
+                self._map = mmap.mmap(file.fileno(), at, access=mmap.ACCESS_READ) if at else None
+        except OSError as error:
+            raise StorageError(
+                Code.JOURNAL_WRITE, f"{folder}: cannot be written ({error.strerror})."
+            ) from None
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        at, shape = self._places[name]
+        count = prod(shape)
+        if self._map is None or not count:
+            return np.zeros(shape, np.float32)
+        if self._used > _RESIDENT_BYTES:
+            # Arrays handed out before stay good: they are read from the file again.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._used = 0
+        self._used += 4 * count
+        return np.frombuffer(self._map, "<f4", count, at).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def filed(tensors: Tensors, folder: Path) -> Tensors:
+    """The same tensors in a file (`FiledTensors`); as they are where they lie in one already."""
+    return tensors if isinstance(tensors, FiledTensors) else FiledTensors(tensors, folder)
+
+
 def save_tensors(path: Path, tensors: Tensors) -> None:
     """Write `tensors` as safetensors, atomically. Raises StorageError."""
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
-    data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     temporary = path.with_suffix(path.suffix + ".part")
     try:
-        temporary.write_bytes(data)
+        save_file({n: np.ascontiguousarray(value) for n, value in tensors.items()}, temporary)
         temporary.replace(path)
-    except OSError as error:
-        raise StorageError(
-            Code.JOURNAL_WRITE, f"{path}: cannot be written ({error.strerror})."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise StorageError(Code.JOURNAL_WRITE, f"{path}: cannot be written ({reason}).") from None
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -13,14 +13,17 @@ import hmac
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.crypto.seal import Vault
 from common.errors import Code, StorageError
 from common.ports import Journal
+
+if TYPE_CHECKING:
+    from common.crypto.seal import Vault
 
 
 class SystemClock:
@@ -86,6 +89,18 @@ class SeededEntropy:
         return taken
 
 
+def give_back_memory() -> None:
+    """Return to the system what this process has freed; the C library else keeps some of it.
+
+    After a model was gone through, that is as much as the model.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's
+        trim(0)
+
+
 def make_folder(folder: Path, *, mode: int = 0o777) -> None:
     """Make the folder, and those above it, where they are absent. Raises StorageError."""
     try:
@@ -94,7 +109,7 @@ def make_folder(folder: Path, *, mode: int = 0o777) -> None:
         raise _unwritable(folder, error) from None
 
 
-def write_durably(path: Path, parts: Sequence[bytes | memoryview], *, durable: bool = True) -> None:
+def write_durably(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
     """Replace the file atomically: temporary file, fsync, rename, fsync of the folder.
 
     Guarantee: after a crash the file holds the old or the new content, whole; if not
@@ -316,7 +331,7 @@ class _Blobs:
         return self._folder / f"blob-{name}"
 
     def put_blob(
-        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+        self, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Write a blob."""
         write_durably(self._blob(name), parts, durable=durable)
@@ -444,7 +459,7 @@ class GroupedJournal(_Blobs):
         self._records.put(self._place, record)
 
     def put_blob(
-        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+        self, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Write a blob; a durable one after everything stored before it."""
         if durable:
@@ -477,7 +492,7 @@ class MemoryJournal:
         self.record = record
 
     def put_blob(
-        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+        self, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Keep a blob."""
         del durable
@@ -514,7 +529,7 @@ class SealedJournal:
         self._journal.store(self._vault.seal(record, self._context))
 
     def put_blob(
-        self, name: str, parts: Sequence[bytes | memoryview], *, durable: bool = True
+        self, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True
     ) -> None:
         """Write a blob."""
         self._journal.put_blob(name, parts, durable=durable)

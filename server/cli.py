@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from common.plan import CostModel
+    from common.study import Study
+    from server.records import Holdings
     from server.report import Conclusion
     from server.simulate import Engine
     from server.table import RunView
@@ -85,6 +87,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from server.folder import Paths, require_room
 
     require_room(Paths(arguments.out), study, arguments.study)
+    holdings = _read(study, arguments.study)
     from server.simulate import simulate
 
     return _shown(
@@ -97,8 +100,16 @@ def _simulate(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             compare=arguments.compare,
             engine=engine,
+            holdings=holdings,
         ),
     )
+
+
+def _read(study: Study, config: Path) -> Holdings:
+    """A simulation's data first: a fault in them is told before anything heavy is loaded."""
+    from server.records import read
+
+    return read(study, config)
 
 
 def _engine(device: str) -> Engine:
@@ -114,18 +125,25 @@ def _configure_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from server.folder import Paths, study_of
+    from server.folder import Paths, origin, study_of
 
     study = study_of(arguments.folder)
     if Paths(arguments.folder).conclusion.exists():
         return _again(arguments)
     engine = _engine(arguments.device) if Paths(arguments.folder).on_ray.exists() else None
+    holdings = _read(study, origin(Paths(arguments.folder))[0])
     from server.simulate import resume
 
     return _shown(
         arguments,
         _view(arguments, f"resumed: {study.name}", study.training.rounds),
-        lambda view: resume(arguments.folder, view=view, device=arguments.device, engine=engine),
+        lambda view: resume(
+            arguments.folder,
+            view=view,
+            device=arguments.device,
+            engine=engine,
+            holdings=holdings,
+        ),
     )
 
 
@@ -224,11 +242,13 @@ def _cost(arguments: argparse.Namespace) -> CostModel:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    patients: dict[str, int]
     if arguments.study.is_dir():
         from common.bundle import Bundle
-        from common.plan import render
 
-        planned = Bundle.load(arguments.study).plan(cost=_cost(arguments))
+        bundle = Bundle.load(arguments.study)
+        study, patients = bundle.study, {}
+        planned = bundle.plan(cost=_cost(arguments))
         following = f"the coordinator publishes it: wardround server publish {arguments.study}"
     else:
         from common.config import load
@@ -237,20 +257,28 @@ def _plan(arguments: argparse.Namespace) -> int:
         study = load(arguments.study, Study)
         simulated = study.simulation is not None
         parameters = arguments.parameters
-        patients: dict[str, int] = {}
+        patients, engine = {}, ""
         if simulated or parameters is None:
+            holdings = _read(study, arguments.study) if simulated else None
             from server.simulate import preview
 
-            study, parameters, patients = preview(study, arguments.study, parameters)
-        from common.plan import plan, render
+            found = preview(study, arguments.study, parameters, holdings)
+            study, parameters, patients, engine = found
+        from common.plan import plan
 
-        planned = plan(study, parameters, patients=patients, cost=_cost(arguments))
+        planned = plan(study, parameters, patients=patients, cost=_cost(arguments), engine=engine)
         verb = "simulate" if simulated else "study build"
         following = f"wardround {verb} {arguments.study}"
+    from common.modes import compare, render_comparison
+    from common.plan import render
+
+    both = compare(study, planned, patients=patients, cost=_cost(arguments))
     if arguments.json:
-        emit_json(planned.to_json())
+        emit_json({**planned.to_json(), "modes": None if both is None else both.to_json()})
     else:
         say(render(planned))
+        if both is not None:
+            say(render_comparison(both))
         say(f"next: {following}")
     return 0
 

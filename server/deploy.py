@@ -12,8 +12,9 @@ import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,11 +33,12 @@ from common.ports import Clock, Entropy, Transport
 from common.protocol.envelope import COORDINATOR
 from common.protocol.transcript import Chain
 from common.strategy import model_tensors
-from common.tensors import save_tensors
+from common.tensors import filed, save_tensors
 from common.world import (
     FileJournal,
     SystemClock,
     SystemEntropy,
+    give_back_memory,
     make_folder,
     unix_seconds,
     write_durably,
@@ -51,6 +53,7 @@ from server.report import (
     RoundResult,
     RunResult,
     SiteResult,
+    audience_facts,
     conclude,
     write_report,
 )
@@ -63,7 +66,9 @@ if TYPE_CHECKING:
 
     from common.study import Study
 
-RANDOMNESS = "AES-256-CTR keyed by the hospital's operating system, noise rounded to a grid"
+_KEYED = "AES-256-CTR keyed by the hospital's operating system"
+RANDOMNESS = f"{_KEYED}, noise rounded to a grid"
+JOINT_RANDOMNESS = f"{_KEYED}, training noise by exact draws of whole numbers"
 _DIGITS = 8
 _STANDS_ON = ("flwr", "cryptography")
 
@@ -239,11 +244,16 @@ class CoordinatorRun:
         self.folder, self.key = folder, key
         self._clock = SystemClock() if clock is None else clock
         published = Published.load(folder.bundle, key.public)
-        self.bundle, self.keys = published.bundle, published.keys
-        self.terms = self.bundle.terms(self.keys)
+        self._journal = FileJournal(folder.journal)
+        # Models lie beside the journal: in memory there is room for a sum and an upload.
+        keep = partial(filed, folder=folder.journal)
+        self.keys = published.keys
+        self.bundle = replace(published.bundle, initial=keep(published.bundle.initial))
+        del published
+        terms = self.bundle.terms(self.keys)
+        self.terms = replace(terms, initial=keep(terms.initial))
         self.tap = WireTap(self.terms.upload_bytes(), folder.wire)
         self._history = History(folder.history)
-        self._journal = FileJournal(folder.journal)
         digest = write_keys(folder.audit, {**self.keys, COORDINATOR: key.public})
         self._audit = AuditLog.open(
             folder.audit / f"{COORDINATOR}.jsonl",
@@ -261,6 +271,7 @@ class CoordinatorRun:
             patience=None,
             record=self._journal.load(),
             blob=self._journal.get_blob,
+            keep=keep,
         )
         self.final: Chain | None = None
         self.ended = 0.0
@@ -287,6 +298,7 @@ class CoordinatorRun:
             clock=self._clock,
             evidence=self._witness,
             observer=self,
+            tidy=give_back_memory,
         )
 
     def seal(self) -> None:
@@ -478,8 +490,10 @@ class CoordinatorRun:
             evaluation_noise=bundle.evaluation_noise,
             evaluation_releases=releases,
             evaluation_answers={name: epsilon(held, privacy.delta)} if held else {name: 0.0},
-            randomness=RANDOMNESS,
+            randomness=JOINT_RANDOMNESS if privacy.mode == "joint" else RANDOMNESS,
             statistics_noise=bundle.statistics_noise,
+            audiences=audience_facts(bundle, events),
+            steps=trained * training.local_steps,
         )
 
 

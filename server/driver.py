@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from common.errors import Code, ProtocolError
@@ -11,7 +11,7 @@ from common.ports import Clock, Journal, Transport
 from common.protocol.effects import DropBlob, Note, Persist, PutBlob
 from common.protocol.transcript import Chain
 from common.study import Study
-from server.round.effects import Aborted, Completed, Effect, RunOver, SendTo
+from server.round.effects import Aborted, Completed, Effect, RunOver, SendEach, SendTo
 from server.round.machine import CoordinatorRound
 from server.round.state import Deadlines
 
@@ -37,7 +37,10 @@ class Observer(Protocol):
 
 
 class CoordinatorDriver:
-    """The coordinator's running process: a machine and the world it acts on."""
+    """The coordinator's running process: a machine and the world it acts on.
+
+    `tidy` is called where about as much as a model was freed, before as much is made.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class CoordinatorDriver:
         clock: Clock,
         evidence: Evidence,
         observer: Observer,
+        tidy: Callable[[], None] = lambda: None,
     ) -> None:
         self.machine = machine
         self._journal = journal
@@ -55,6 +59,7 @@ class CoordinatorDriver:
         self._clock = clock
         self._evidence = evidence
         self._observer = observer
+        self._tidy = tidy
 
     def start(self) -> None:
         """Begin or resume the run. Raises AbortedRound, StorageError."""
@@ -75,25 +80,35 @@ class CoordinatorDriver:
         """Act on the time. Raises AbortedRound where the machine's patience is at its end."""
         self._execute(self.machine.tick(self._clock.now()))
 
-    def _execute(self, effects: Sequence[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Persist():
-                    self._journal.store(effect.record)
-                case PutBlob():
-                    self._journal.put_blob(effect.name, effect.parts)
-                case DropBlob():
-                    self._journal.drop_blob(effect.name)
-                case SendTo():
-                    self._transport.send(effect.site, effect.payload)
-                case Note():
-                    self._evidence.record(effect.event, effect.fields)
-                case Completed():
-                    self._observer.completed(effect, self.machine.chain)
-                case Aborted():
-                    self._observer.aborted(effect)
-                case RunOver():
-                    self._observer.over(effect.chain)
+    def _execute(self, effects: list[Effect]) -> None:
+        """Carry the effects out and use them up: what one held is gone before the next."""
+        if any(isinstance(effect, SendEach | PutBlob) for effect in effects):
+            self._tidy()
+        effects.reverse()
+        while effects:
+            self._one(effects.pop())
+
+    def _one(self, effect: Effect) -> None:
+        match effect:
+            case Persist():
+                self._journal.store(effect.record)
+            case PutBlob():
+                self._journal.put_blob(effect.name, effect.parts)
+            case DropBlob():
+                self._journal.drop_blob(effect.name)
+            case SendTo():
+                self._transport.send(effect.site, effect.payload)
+            case SendEach():
+                for site, payload in effect.messages():
+                    self._transport.send(site, payload)
+            case Note():
+                self._evidence.record(effect.event, effect.fields)
+            case Completed():
+                self._observer.completed(effect, self.machine.chain)
+            case Aborted():
+                self._observer.aborted(effect)
+            case RunOver():
+                self._observer.over(effect.chain)
 
 
 def deadlines_of(study: Study) -> Deadlines:

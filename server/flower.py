@@ -94,7 +94,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from common.errors import Code, ConfigError, ProtocolError, StorageError, WardroundError
-from common.world import make_folder, write_durably
+from common.world import give_back_memory, make_folder, write_durably
 from server.blobs import BlobStore
 from server.doors import (
     AdminDoor,
@@ -114,6 +114,8 @@ from server.doors import (
 __all__ = ["FlowerCoordinator", "LocalGrid", "Route", "TlsFiles", "Traffic", "Wire"]
 
 STYPE: Final = "wardround.bytes"
+# An answer with an update.
+_LARGE_BYTES: Final = 1 << 20
 _OPEN: Final = (Status.PENDING, Status.STARTING, Status.RUNNING)
 _IN_USE: Final = (NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE)
 # What Flower's parsers raise at bytes that Flower did not write.
@@ -663,6 +665,8 @@ class LocalGrid(Grid):  # type: ignore[misc]
 
     def _taken(self, question: str) -> Any:
         metadata = self._state.answers[question]
+        if self._objects.blobs.size(metadata.message_id) > _LARGE_BYTES:
+            give_back_memory()  # the calls that brought it have left their bodies' room
         try:
             reply = self._inflate(metadata.message_id, _Room(self._most))
             if not isinstance(reply, Message):

@@ -12,11 +12,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import Code, StorageError
+from common.joint import audiences
 from common.metrics import Intervals, Metrics
 from server.table import Rollbacks, amount, duration, epsilon_range
+
+if TYPE_CHECKING:
+    from common.accountant import DpEvent
+    from common.bundle import Bundle
 
 __all__ = [
     "SITE_COLUMNS",
@@ -117,6 +122,43 @@ class SiteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AudienceFacts:
+    """Against whom joint training gives which epsilon: `told` says who that is."""
+
+    name: str
+    told: str
+    noise_multiplier: float
+    epsilon: float
+
+
+def audience_facts(bundle: Bundle, events: Sequence[DpEvent]) -> tuple[AudienceFacts, ...]:
+    """What a training patient's `events` cost against everybody; empty without joint privacy.
+
+    Only the training's noise is shared: every hospital adds all of its statistics' noise itself.
+    """
+    from common.accountant import DpEvent, epsilon
+
+    study, sigma, delta = bundle.study, bundle.noise_multiplier, bundle.study.privacy.delta
+    if study.privacy.mode != "joint" or sigma is None or delta is None:
+        return ()
+    count, rate = len(study.sites), study.training.sampling_rate
+    # Steps and statistics of the very same noise are one event: never told better than it is.
+    merged = (bundle.statistics_noise, 1.0) == (sigma, rate)
+    facts = []
+    for seen in audiences(count, study.quorum_size(count), study.colluders(count)):
+        factor = min(1.0, seen.factor) if merged else seen.factor
+        scaled = [
+            DpEvent(sigma * factor, rate, e.steps)
+            if (e.noise_multiplier, e.sampling_rate) == (sigma, rate)
+            else e
+            for e in events
+        ]
+        spent = epsilon(scaled, delta)
+        facts.append(AudienceFacts(seen.name, seen.told, sigma * seen.factor, spent))
+    return tuple(facts)
+
+
+@dataclass(frozen=True, slots=True)
 class PrivacyFacts:
     """What the privacy statement is made of; the largest site's numbers.
 
@@ -128,6 +170,9 @@ class PrivacyFacts:
         evaluation_noise: Gaussian noise over the sensitivity sqrt(2) of one patient.
         statistics_noise: the same for the normalisation statistics, over sqrt(3/8 x features); None
             where the study has none. Their epsilon is part of the training's.
+        audiences: with joint privacy, the training's epsilon by who conspires.
+        steps: private steps that were charged, of the site that spent most.
+        engine: what computes clipped sums, and why; empty where the hospitals alone know.
     """
 
     mode: str
@@ -145,6 +190,9 @@ class PrivacyFacts:
     evaluation_answers: Mapping[str, float]
     randomness: str
     statistics_noise: float | None = None
+    audiences: tuple[AudienceFacts, ...] = ()
+    steps: int = 0
+    engine: str = ""
 
     def __post_init__(self) -> None:
         promised = (self.epsilon, self.delta, self.clip_norm, self.noise_multiplier)
@@ -347,20 +395,22 @@ def _evaluation_json(found: Evaluation | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------- privacy
 
 
-_PROTECTED_LOCAL = [
-    {
-        "what": "whether a patient's records took part in training, and what they say",
-        "against": "everyone who sees the model or any message: the coordinator, other "
-        "hospitals, outsiders, all of them together",
-        "by": "DP-SGD inside the hospital before anything is masked; needs nobody's honesty "
-        "but the hospital's own",
-    },
-    {
-        "what": "whether a held-out patient was measured, and with what result",
-        "against": "the same",
-        "by": "Gaussian noise on the metric words inside the hospital before they are masked",
-    },
-]
+_TRAINED = "whether a patient's records took part in training, and what they say"
+_EVERYBODY = (
+    "everyone who sees the model or any message: the coordinator, other hospitals, outsiders, "
+    "all of them together"
+)
+_PROTECTED_LOCAL = {
+    "what": _TRAINED,
+    "against": _EVERYBODY,
+    "by": "DP-SGD inside the hospital before anything is masked; needs nobody's honesty but the "
+    "hospital's own",
+}
+_PROTECTED_MEASURED = {
+    "what": "whether a held-out patient was measured, and with what result",
+    "against": _EVERYBODY,
+    "by": "Gaussian noise on the metric words inside the hospital before they are masked",
+}
 _PROTECTED_MASKS = {
     "what": "one hospital's update and metrics",
     "by": "secure aggregation: only the sum over the survivors is ever readable",
@@ -393,7 +443,9 @@ def privacy_statement(result: RunResult) -> dict[str, Any]:
         "run": result.run,
         "simulation": result.simulated,
         "mode": facts.mode,
-        "protected": [masks] if facts.mode == "none" else [*_PROTECTED_LOCAL, masks],
+        "protected": [masks]
+        if facts.mode == "none"
+        else [_protected_training(result), _PROTECTED_MEASURED, masks],
         "not_protected": list(_NOT_PROTECTED),
     }
     if facts.mode == "none":
@@ -402,6 +454,22 @@ def privacy_statement(result: RunResult) -> dict[str, Any]:
         )
         return statement
     return {**statement, **_guarantee(result)}
+
+
+def _protected_training(result: RunResult) -> dict[str, str]:
+    """Against whom training patients are protected, and by what."""
+    if result.privacy.mode != "joint":
+        return _PROTECTED_LOCAL
+    honest = result.quorum - result.colluders
+    return {
+        "what": _TRAINED,
+        "against": f"everyone who sees the model or any message, the coordinator together with up "
+        f"to {result.colluders} of the hospitals included; against more of them by a larger "
+        "epsilon (see `audiences`)",
+        "by": f"one DP-SGD step of all hospitals per round, with discrete Gaussian noise inside "
+        f"the secure sum: the shares of {honest} honest hospitals of a quorum of {result.quorum} "
+        "are all of it",
+    }
 
 
 def _guarantee(result: RunResult) -> dict[str, Any]:
@@ -416,8 +484,12 @@ def _guarantee(result: RunResult) -> dict[str, Any]:
             "noise_multiplier": facts.statistics_noise,
             "charged_to": "training patients",
         }
+    against: dict[str, Any] = {}
+    if facts.audiences:
+        against["audiences"] = [asdict(one) for one in facts.audiences]
     return {
         **normalisation,
+        **against,
         "unit": "patient",
         "relation": "add-or-remove-one patient, at one hospital",
         "epsilon_target": facts.epsilon,
@@ -429,9 +501,10 @@ def _guarantee(result: RunResult) -> dict[str, Any]:
             "expected_batch": facts.expected_batch,
             "noise_multiplier": facts.noise_multiplier,
             "clip_norm": facts.clip_norm,
+            **({"clipped_sums_by": facts.engine} if facts.engine else {}),
             "steps_per_round": facts.local_steps,
             "rounds_reserved": reserved,
-            "steps_reserved": reserved * facts.local_steps,
+            "steps_reserved": facts.steps,
             "rounds_released": max((s.rounds_released for s in result.sites), default=0),
         },
         "evaluation": {
@@ -540,6 +613,10 @@ def _card_training(result: RunResult) -> str:
     return "\n".join(lines)
 
 
+def _where(facts: PrivacyFacts) -> str:
+    return "of all hospitals together" if facts.mode == "joint" else "in each hospital"
+
+
 def _card_privacy(result: RunResult) -> str:
     facts = result.privacy
     lines = ["## Privacy", ""]
@@ -561,8 +638,9 @@ def _card_privacy(result: RunResult) -> str:
             "hospital, adding or removing all of the patient's records"
         ),
         f"- Spent: ε {epsilon_range(pairs)} by hospital ({answers})",
+        *(f"- Against {one.told}: ε {one.epsilon:.3f}" for one in facts.audiences),
         (
-            f"- How: DP-SGD in each hospital, q = {facts.sampling_rate:g}, "
+            f"- How: DP-SGD {_where(facts)}, q = {facts.sampling_rate:g}, "
             f"B = {facts.expected_batch:g}, noise multiplier {facts.noise_multiplier:g}, "
             f"C = {facts.clip_norm:g}, {facts.local_steps} steps a round"
         ),

@@ -68,6 +68,7 @@ from server.report import (
     RoundResult,
     RunResult,
     SiteResult,
+    audience_facts,
     conclude,
     write_report,
 )
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from client.privacy.ledger import Ledger
     from client.site import Federation
     from common.logs import Log
+    from server.records import Holdings
 
 # Deadlines that brought nothing, in a row, before a simulation says what it waits for.
 PATIENCE = 6
@@ -93,7 +95,9 @@ PHASES = {
     "unmask": "opening the sum",
     "burn": "burning the round",
 }
-RANDOMNESS = "AES-256-CTR keyed by the operating system (os.urandom), noise rounded to a grid"
+_KEYED = "AES-256-CTR keyed by the operating system (os.urandom)"
+RANDOMNESS = f"{_KEYED}, noise rounded to a grid"
+JOINT_RANDOMNESS = f"{_KEYED}, training noise by exact draws of whole numbers"
 
 
 def simulate(
@@ -104,6 +108,7 @@ def simulate(
     device: str = "auto",
     compare: bool = True,
     engine: Engine | None = None,
+    holdings: Holdings | None = None,
 ) -> Conclusion:
     """Run a study's simulation from the start.
 
@@ -114,6 +119,7 @@ def simulate(
         device: auto, cpu or cuda.
         compare: whether every hospital also trains alone, at the end.
         engine: where the hospitals run; absent: in this process.
+        holdings: the study's data, where they were read before (`server.records`).
 
     Raises ConfigError, DataError, RefusedError, AbortedRound, StorageError; what was reached
     lies in `out` and `resume` goes on from there.
@@ -122,7 +128,7 @@ def simulate(
     paths = Paths(out)
     require_room(paths, study, config)
     view.note("reading the data and the backbone")
-    federation = open_federation(study, config, device=device)
+    federation = open_federation(study, config, device=device, holdings=holdings)
     bundle = federation.build_bundle()
     keep_study(config, paths, compare=compare)
     with _guided(paths):
@@ -130,11 +136,16 @@ def simulate(
 
 
 def resume(
-    out: Path, *, view: RunView, device: str = "auto", engine: Engine | None = None
+    out: Path,
+    *,
+    view: RunView,
+    device: str = "auto",
+    engine: Engine | None = None,
+    holdings: Holdings | None = None,
 ) -> Conclusion:
     """Go on with a simulation after any interruption; of a finished one, say its end again.
 
-    The engine is the one that the run began with.
+    The engine is the one that the run began with; `holdings` are as for `simulate`.
 
     Raises as `simulate`.
     """
@@ -143,7 +154,7 @@ def resume(
     if paths.conclusion.exists():
         return Conclusion.from_json(kept_json(paths.conclusion))
     view.note("reading the data and the backbone")
-    federation = open_federation(study, origin(paths)[0], device=device)
+    federation = open_federation(study, origin(paths)[0], device=device, holdings=holdings)
     _require_same_inputs(federation.manifest, paths)
     with _guided(paths):
         bundle = (
@@ -589,9 +600,7 @@ class SimulatedRun:
             weight=self._bundle.weights[name],
             epsilon=None if spending is None else spending.epsilon,
             cap=None if spending is None else spending.cap,
-            rounds_reserved=len(
-                {(r.body.get("round"), r.body.get("attempt")) for r in rows if r.kind == "charge"}
-            ),
+            rounds_reserved=0 if ledger is None else ledger.rounds_charged(),
             rounds_released=sum(r.kind == "release" for r in rows),
             patients=self._federation.patients[name],
             together=self._evaluation(counts),
@@ -659,8 +668,15 @@ class SimulatedRun:
             evaluation_noise=bundle.evaluation_noise,
             evaluation_releases=releases,
             evaluation_answers=answers["held_out"],
-            randomness=RANDOMNESS,
+            randomness=JOINT_RANDOMNESS if privacy.mode == "joint" else RANDOMNESS,
             statistics_noise=bundle.statistics_noise,
+            audiences=audience_facts(bundle, most.events("train")),
+            steps=sum(
+                event.steps
+                for event in most.events("train")
+                if event.noise_multiplier == bundle.noise_multiplier
+            ),
+            engine=self._federation.engine,
         )
 
     def close(self) -> None:
@@ -792,16 +808,19 @@ def prepare_demo(out: Path) -> tuple[Path, Study]:
     return config, load(config, Study)
 
 
-def preview(study: Study, path: Path, parameters: int | None) -> tuple[Study, int, dict[str, int]]:
-    """(study, trainable parameters, patients by site) for a plan before anything is built.
+def preview(
+    study: Study, path: Path, parameters: int | None, holdings: Holdings | None
+) -> tuple[Study, int, dict[str, int], str]:
+    """(study, trainable parameters, patients by site, engine) for a plan before anything is built.
 
-    A simulation's data are read, so patients are known; the model is built for its size
-    where `parameters` does not say it.
+    A simulation's data were read (`server.records`), so patients are known; the model is built
+    for its size where `parameters` does not say it.
     """
     patients: dict[str, int] = {}
-    if study.simulation is not None:
-        federation = open_federation(study, path, device="cpu")
+    engine = ""
+    if holdings is not None:
+        federation = open_federation(study, path, device="cpu", holdings=holdings)
         study, patients = federation.study, federation.patients
     if parameters is None:
-        parameters = built_parameters(study)
-    return study, parameters, patients
+        parameters, engine = built_parameters(study)
+    return study, parameters, patients, engine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from client.privacy.engine import PerSampleEngine
+from client.privacy.engine import EngineKind, PerSampleEngine, choose_engine
 from client.tasks.base import Learner
 from common.errors import Code, RefusedError
 
@@ -22,43 +22,50 @@ GRADIENT_TOLERANCE = 1e-4
 SENSITIVITY_TOLERANCE = 1e-3
 
 
-def admit(learner: Learner, *, patients: int = 3) -> None:
+def admit(learner: Learner, *, patients: int = 3, kind: EngineKind = "auto") -> str:
     """Refuse a model that mixes patients or whose gradients the engine cannot tell apart.
 
-    On up to `patients` patients, without dropout: the clipped sum must equal the one computed
-    by batch-of-one autograd (relative error 1e-4), and leaving out any one of them must change
-    it by at most the clip norm (0.1 % for rounding). A site without patients gets the checks of
-    structure alone.
+    With the engine that will train (`kind`), on up to `patients` patients, without dropout: the
+    clipped sum must equal the one computed by batch-of-one autograd (relative error 1e-4), and
+    leaving out any one of them must change it by at most the clip norm (0.1 % for rounding). A
+    site without patients gets the checks of structure alone.
+
+    Returns which engine trains it, and why, for people to read.
 
     Raises:
         RefusedError: names the first check that failed.
     """
     trainable = learner.trainable()
     refuse_batch_norm(learner.module)
-    PerSampleEngine(learner.module, trainable, 1.0).close()
+    engine = choose_engine(kind, learner.module, trainable, 1.0)
+    engine.close()
+    told = f"{engine.name} ({engine.reason})"
     count = min(patients, learner.patient_count())
     if not count:
-        return
+        return told
     mode = learner.module.training
     learner.module.eval()
     handles = [
         module.register_forward_pre_hook(_refuse_packed) for module in learner.module.modules()
     ]
     try:
-        _check(learner, trainable, count)
+        _check(learner, trainable, count, kind)
     finally:
         for handle in handles:
             handle.remove()
         learner.module.train(mode)
+    return told
 
 
 def refuse_batch_norm(module: nn.Module) -> None:
     """Refuse batch normalisation of any make, frozen or not: it carries records into buffers.
 
-    The walk goes by ancestry and by name, because libraries subclass and re-implement it.
+    The walk goes by ancestry and by name, because libraries subclass and re-implement it. An
+    instance norm that tracks statistics carries records just so.
     """
     for name, layer in module.named_modules():
-        if any("BatchNorm" in ancestor.__name__ for ancestor in type(layer).__mro__):
+        batch = any("BatchNorm" in ancestor.__name__ for ancestor in type(layer).__mro__)
+        if batch or getattr(layer, "track_running_stats", False):
             raise RefusedError(Code.MODEL_BATCH_NORM, f"layer {name or 'root'} normalises batches.")
 
 
@@ -69,7 +76,9 @@ def _refuse_packed(module: nn.Module, args: Any) -> None:
         )
 
 
-def _check(learner: Learner, trainable: dict[str, nn.Parameter], count: int) -> None:
+def _check(
+    learner: Learner, trainable: dict[str, nn.Parameter], count: int, kind: EngineKind
+) -> None:
     chosen = np.arange(count, dtype=np.int64)
     alone = [_reference(learner, trainable, patient) for patient in chosen]
     norms = [_norm(gradient) for gradient in alone]
@@ -83,7 +92,7 @@ def _check(learner: Learner, trainable: dict[str, nn.Parameter], count: int) -> 
         if math.isfinite(norm):
             for name, value in gradient.items():
                 expected[name] += value * min(1.0, clip / max(norm, clip * 1e-9))
-    engine = PerSampleEngine(learner.module, trainable, clip)
+    engine = choose_engine(kind, learner.module, trainable, clip)
     try:
         whole = _clipped(learner, engine, chosen)
         error = _norm({name: whole[name] - expected[name] for name in whole})

@@ -8,75 +8,63 @@ restored older file lacks heads that other hospitals have witnessed (docs/PRIVAC
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import json
 import math
-import os
 import sqlite3
-import struct
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from common.accountant import DpEvent, epsilon
+from client.privacy.ledger_file import (
+    canonical,
+    connect,
+    fold_rows,
+    found,
+    next_head,
+    storage,
+    tampered,
+)
+from client.privacy.ledger_history import (
+    EMPTY_HEAD,
+    HEAD_BYTES,
+    Charge,
+    History,
+    Kind,
+    LedgerRow,
+    Part,
+    PlanState,
+    Spending,
+    charge_rows,
+    charges_in,
+    require_work,
+    told,
+)
+from client.privacy.split import HeldOutSplit
+from common.accountant import DpEvent
 from common.errors import Code, RefusedError, StorageError
 from common.ports import Clock, Entropy
 
-Part = Literal["train", "held_out", "all"]
-Kind = Literal["statistics", "train", "evaluate"]
+__all__ = [
+    "EMPTY_HEAD",
+    "HEAD_BYTES",
+    "Charge",
+    "HeldOutSplit",
+    "Kind",
+    "Ledger",
+    "LedgerRow",
+    "Part",
+    "PlanReservation",
+    "Reservation",
+    "RoundId",
+    "Spending",
+]
+
 _Row = tuple[dict[str, Any], bytes]
 
-FORMAT = "wardround-ledger/1"
-HEAD_BYTES = 32
-EMPTY_HEAD = bytes(HEAD_BYTES)
-_ROW_LABEL = b"wardround/ledger/row/1\x00"
-_SPLIT_LABEL = b"wardround/ledger/split/1\x00"
-_BUSY_SECONDS = 30.0
 _SLACK = 1e-9
-_SCHEMA = """
-CREATE TABLE ledger (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, head BLOB NOT NULL) STRICT;
-CREATE TRIGGER ledger_is_append_only_update BEFORE UPDATE ON ledger
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER ledger_is_append_only_delete BEFORE DELETE ON ledger
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutSplit:
-    """Which patients are held out: a fixed keyed hash of the patient's identifier.
-
-    Guarantee: whether a patient is held out depends on his identifier and the key alone, not
-    on any other patient or record; `identity` names the pair of disjoint sets without
-    revealing the key.
-    """
-
-    key: bytes
-    fraction: float
-
-    @property
-    def identity(self) -> str:
-        """The split's name in ledger rows: 64 hex digits."""
-        fraction = struct.pack(">d", self.fraction)
-        return hashlib.sha256(_SPLIT_LABEL + self.key + fraction).hexdigest()
-
-    def holds_out(self, patient: str) -> bool:
-        """Whether this patient is held out from training."""
-        digest = hmac.digest(self.key, patient.encode(), "sha256")
-        return int.from_bytes(digest[:8], "big") < int(self.fraction * 2.0**64)
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """What one piece of work does to one part of the patients."""
-
-    kind: Kind
-    part: Part
-    events: tuple[DpEvent, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,136 +87,25 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Spending:
-    """Where the population stands. `train` and `held_out` are its two parts' own epsilons."""
+class PlanReservation:
+    """A study's whole work, charged and durable; what it still holds, the ledger knows.
 
-    epsilon: float
-    cap: float
-    delta: float
-    rows: int
-    train: float
-    held_out: float
-    splits: int
+    Units: `first_sequence` to `sequence` are its rows; `charges` what they reserve.
+    """
 
-    @property
-    def left(self) -> float:
-        """Epsilon up to the cap. Not a currency: what a round costs depends on the history."""
-        return max(0.0, self.cap - self.epsilon)
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """One row as stored: its number, its kind, its moment and its fields."""
-
+    study: bytes
+    first_sequence: int
     sequence: int
-    kind: str
-    at: float
-    body: Mapping[str, Any]
-
-
-class _History:
-    """The ledger folded up: enough to answer every question without reading rows again."""
-
-    def __init__(self) -> None:
-        self.heads: list[bytes] = []
-        self.genesis: dict[str, Any] = {}
-        self.cap = 0.0
-        self.spent: dict[tuple[str, Part], Counter[tuple[float, float]]] = {}
-        self.attempts: Counter[tuple[str, str, int]] = Counter()
-        # What the last reservation's rows say was spent: showing it must not load an accountant.
-        self._recorded: list[float] | None = [0.0, 0.0, 0.0]
-        self._charges: dict[int, dict[str, Any]] = {}
-
-    @property
-    def counter(self) -> int:
-        return len(self.heads)
-
-    @property
-    def head(self) -> bytes:
-        return self.heads[-1] if self.heads else EMPTY_HEAD
-
-    def fold(self, body: dict[str, Any], head: bytes) -> None:
-        """Take in the next row, already checked."""
-        kind = body["kind"]
-        self.heads.append(head)
-        if kind == "genesis":
-            self.genesis, self.cap = body, body["cap"]
-        elif kind == "cap":
-            self.cap = body["cap"]
-        elif kind == "charge":
-            self._charges[body["sequence"]] = body
-            self._add(body, 1)
-            self._recorded = body["after"]
-            key = (body["study"], body["run"], body["round"])
-            self.attempts[key] = max(self.attempts[key], body["attempt"])
-        elif kind == "void":
-            for sequence in range(body["first"], body["last"] + 1):
-                self._add(self._charges.pop(sequence), -1)
-            self._recorded = None
-
-    def _add(self, body: dict[str, Any], sign: int) -> None:
-        key = (body["split"], body["part"])
-        counts = self.spent.setdefault(key, Counter())
-        for sigma, rate, steps in body["events"]:
-            counts[(sigma, rate)] += sign * steps
-            if not counts[(sigma, rate)]:
-                del counts[(sigma, rate)]
-        if not counts:
-            del self.spent[key]
-
-    def of_study(self, study: str) -> _History:
-        """What this study alone was charged: a history whose answers are the study's own."""
-        own = _History()
-        own.genesis, own.cap = self.genesis, self.cap
-        for body in self._charges.values():
-            if body["study"] == study:
-                own._add(body, 1)
-        own._recorded = None
-        return own
-
-    def spending(self, extra: Sequence[tuple[str, Charge]] = ()) -> Spending:
-        """What is spent, were `extra` (split, charge) added to it."""
-        if not extra and self._recorded is not None:
-            splits = len({split for split, _ in self.spent})
-            total, train, held_out = self._recorded
-            return Spending(
-                total, self.cap, self.genesis["delta"], self.counter, train, held_out, splits
-            )
-        spent = {key: counts.copy() for key, counts in self.spent.items()}
-        for split, charge in extra:
-            counts = spent.setdefault((split, charge.part), Counter())
-            for event in charge.events:
-                counts[(event.noise_multiplier, event.sampling_rate)] += event.steps
-        delta = self.genesis["delta"]
-        train = _compose(spent, ("train", "all"), delta)
-        held_out = _compose(spent, ("held_out", "all"), delta)
-        splits = len({split for split, _ in spent})
-        # Parallel composition needs two sets of patients that never change; under two splits
-        # a patient may have been on both sides, so everything composes (docs/PRIVACY.md).
-        both = ("train", "held_out", "all")
-        total = max(train, held_out) if splits <= 1 else _compose(spent, both, delta)
-        return Spending(total, self.cap, delta, self.counter, train, held_out, splits)
-
-
-def _compose(
-    spent: Mapping[tuple[str, Part], Counter[tuple[float, float]]],
-    parts: Sequence[str],
-    delta: float,
-) -> float:
-    events = [
-        DpEvent(sigma, rate, steps)
-        for (_, part), counts in spent.items()
-        if part in parts
-        for (sigma, rate), steps in counts.items()
-    ]
-    return epsilon(events, delta)
+    charges: tuple[Charge, ...]
+    epsilon_after: float = field(compare=False)
 
 
 class Ledger:
     """An open ledger. Safe for threads of one process and for several processes.
 
-    Guarantee: when `reserve_round` returns, its rows survive a crash or a power cut; every
-    reservation by any process was weighed against all rows before it.
+    Guarantee: when `reserve_round`, `reserve_plan` or `draw_round` returns, its rows survive a
+    crash or a power cut; every reservation by any process was weighed against all rows before
+    it. What counts is never less than what was reserved or drawn.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, clock: Clock) -> None:
@@ -236,7 +113,7 @@ class Ledger:
         self._connection = connection
         self._clock = clock
         self._lock = threading.RLock()
-        self._history = _History()
+        self._history = History()
         self._ceiling = math.inf
         self._voidable: set[int] = set()
 
@@ -256,7 +133,7 @@ class Ledger:
         if not (0 < delta < 1 and math.isfinite(epsilon_cap) and epsilon_cap > 0):
             raise ValueError("a ledger needs a positive cap and a delta in (0, 1)")
         if not path.exists():
-            _found(path, epsilon_cap, delta, clock, entropy)
+            found(path, epsilon_cap, delta, clock, entropy)
         ledger = Ledger.open_existing(path, clock=clock)
         if ledger._history.genesis["delta"] != delta:  # noqa: SLF001 - our own class
             founded = ledger._history.genesis["delta"]  # noqa: SLF001
@@ -272,11 +149,11 @@ class Ledger:
         """Open a ledger that must exist, under its own cap: to show it, or to raise the cap."""
         if not path.is_file():
             raise StorageError(Code.LEDGER_MISSING, f"{path}: no ledger here.")
-        with _storage(path):
-            connection = _connect(path)
+        with storage(path):
+            connection = connect(path)
         ledger = Ledger(path, connection, clock)
         try:
-            with _storage(path):
+            with storage(path):
                 ledger._sync()
         except StorageError:
             ledger.close()
@@ -310,7 +187,7 @@ class Ledger:
 
         Guarantee: False for a ledger restored from before that head, or branched off it.
         """
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._sync()
             known = 0 <= counter <= self.counter
             return known and hmac.compare_digest(self.head_at(counter), head)
@@ -323,24 +200,30 @@ class Ledger:
 
     def spent(self) -> Spending:
         """Where the population stands, all processes' rows included."""
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._sync()
             return self._bounded(self._history.spending())
 
+    def run_so_far(self) -> Spending:
+        """As `spent`, but of open plans only what rounds have drawn: nothing that is to come."""
+        with self._lock, storage(self._path):
+            self._sync()
+            return self._bounded(self._history.spending(settled=self._open()))
+
     def events(self, part: Part) -> tuple[DpEvent, ...]:
         """Everything that one part of the patients was charged, for a second accountant."""
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._sync()
             return tuple(
                 DpEvent(sigma, rate, steps)
-                for (_, named), counts in sorted(self._history.spent.items())
+                for (_, named, _), counts in sorted(self._history.spent.items())
                 if named in {part, "all"}
                 for (sigma, rate), steps in sorted(counts.items())
             )
 
     def rounds_left(self, charges: Sequence[Charge], split_id: str, *, limit: int = 10_000) -> int:
         """How many more rounds of `charges` fit under the cap, at most `limit`."""
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._sync()
 
         def fits(rounds: int) -> bool:
@@ -358,9 +241,15 @@ class Ledger:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
+    def rounds_charged(self) -> int:
+        """How many rounds were reserved, or drawn from a plan; every attempt counts."""
+        with self._lock, storage(self._path):
+            self._sync()
+            return sum(times for (*_, number), times in self._history.attempts.items() if number)
+
     def history(self) -> tuple[LedgerRow, ...]:
         """Every row, oldest first; the genesis row without the split's key."""
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._sync()
             rows = self._connection.execute("SELECT body FROM ledger ORDER BY sequence").fetchall()
         bodies = [json.loads(text) for (text,) in rows]
@@ -380,11 +269,11 @@ class Ledger:
         Raises:
             StorageError: names the first row that is not what was written.
         """
-        with self._lock, _storage(self._path):
-            fresh = _History()
-            _fold_rows(self._path, self._connection, fresh)
+        with self._lock, storage(self._path):
+            fresh = History()
+            fold_rows(self._path, self._connection, fresh)
             if fresh.heads[: self.counter] != self._history.heads:
-                raise _tampered(self._path, min(fresh.counter, self.counter))
+                raise tampered(self._path, min(fresh.counter, self.counter))
             self._history = fresh
             return fresh.head
 
@@ -414,57 +303,208 @@ class Ledger:
             RefusedError: the charge would pass the cap; nothing is written.
             StorageError: the ledger cannot be read or written; nothing is written.
         """
-        if not charges or not all(charge.events for charge in charges):
-            raise ValueError("a reservation charges at least one event per part")
+        require_work(charges)
         with self._transaction() as rows:
-            after = self._bounded(self._history.spending([(split_id, c) for c in charges]))
-            if after.epsilon > after.cap + _SLACK:
-                before = self._history.spending()
-                raise RefusedError(
-                    Code.BUDGET_EXCEEDED,
-                    f"round {round_id.number} would bring these patients to epsilon "
-                    f"{after.epsilon:.3f}, above the cap of {after.cap:.3f} "
-                    f"(spent {before.epsilon:.3f}, delta {after.delta:g}).",
-                )
             study = round_id.study.hex()
-            self._require_study(study, [(split_id, c) for c in charges], study_limit)
+            what = f"round {round_id.number}"
+            after = self._weighed(what, study, [(split_id, c) for c in charges], study_limit)
             attempt = self._history.attempts[(study, round_id.run, round_id.number)] + 1
-            bodies = [
-                {
-                    "kind": "charge",
-                    "study": study,
-                    "run": round_id.run,
-                    "round": round_id.number,
-                    "attempt": attempt,
-                    "work": charge.kind,
-                    "part": charge.part,
-                    "split": split_id,
-                    "events": [
-                        [event.noise_multiplier, event.sampling_rate, event.steps]
-                        for event in charge.events
-                    ],
-                    "after": [after.epsilon, after.train, after.held_out],
-                }
-                for charge in charges
-            ]
+            fields = {
+                "study": study,
+                "run": round_id.run,
+                "round": round_id.number,
+                "attempt": attempt,
+                "split": split_id,
+            }
+            bodies = charge_rows(charges, fields, after)
             first = self.counter + 1
             rows.extend(self._append(bodies))
         reservation = Reservation(first, first + len(bodies) - 1, attempt, after.epsilon)
         self._voidable.add(reservation.sequence)
         return reservation
 
-    def _require_study(
-        self, study: str, charges: Sequence[tuple[str, Charge]], limit: float
-    ) -> None:
-        if limit == math.inf:
-            return
-        own = self._history.of_study(study).spending(charges).epsilon
-        if own > limit + _SLACK:
+    def _weighed(
+        self, what: str, study: str, charges: Sequence[tuple[str, Charge]], limit: float
+    ) -> Spending:
+        """What is spent with `charges`, within the cap and the study's own limit, or refused."""
+        after = self._bounded(self._history.spending(charges))
+        if after.epsilon > after.cap + _SLACK:
+            before = self._history.spending()
             raise RefusedError(
-                Code.BUDGET_STUDY,
-                f"the study would cost a patient epsilon {own:.3f}, more than the {limit:.3f} "
-                "it declares.",
+                Code.BUDGET_EXCEEDED,
+                f"{what} would bring these patients to epsilon "
+                f"{after.epsilon:.3f}, above the cap of {after.cap:.3f} "
+                f"(spent {before.epsilon:.3f}, delta {after.delta:g}).",
             )
+        if limit != math.inf:
+            own = self._history.of_study(study).spending(charges).epsilon
+            if own > limit + _SLACK:
+                raise RefusedError(
+                    Code.BUDGET_STUDY,
+                    f"the study would cost a patient epsilon {own:.3f}, more than the "
+                    f"{limit:.3f} it declares.",
+                )
+        return after
+
+    # ------------------------------------------------------------------ plans
+
+    def open_plan(self, study: bytes) -> PlanReservation | None:
+        """The study's plan that is not settled: after a restart, say."""
+        with self._lock, storage(self._path):
+            self._sync()
+            plan = self._history.open_plan(study.hex())
+            return None if plan is None else self._reservation(plan)
+
+    def open_plans(self) -> tuple[PlanReservation, ...]:
+        """Every study's plan that is not settled."""
+        with self._lock, storage(self._path):
+            self._sync()
+            return tuple(self._reservation(self._history.plans[at]) for at in self._open())
+
+    def _open(self) -> tuple[int, ...]:
+        return tuple(at for at, plan in self._history.plans.items() if not plan.settled)
+
+    def _reservation(self, plan: PlanState) -> PlanReservation:
+        charges, total = charges_in(plan.reserved), self._history.spending().epsilon
+        return PlanReservation(bytes.fromhex(plan.study), plan.first, plan.last, charges, total)
+
+    def reserve_plan(
+        self,
+        study: bytes,
+        run: str,
+        charges: Sequence[Charge],
+        split_id: str,
+        *,
+        study_limit: float = math.inf,
+    ) -> PlanReservation:
+        """Charge everything that a study may do, before its first round. One transaction.
+
+        Where the study has such a plan open, that one is returned. What settled plans of the
+        same study have drawn is not reserved again: `charges` is always the study's whole.
+
+        Args:
+            study: its digest.
+            run: as in `RoundId`.
+            charges: all of its rounds, those that may have to be tried again included.
+            split_id: the division into training and held-out patients.
+            study_limit: as in `reserve_round`.
+
+        Guarantee: counts in full until `settle_plan`, whatever crashes.
+
+        Raises:
+            RefusedError: the whole would pass the cap or the study's own limit; the study has
+                used up its whole; an open plan is for other work. Nothing is written.
+            StorageError: as `reserve_round`.
+        """
+        require_work(charges)
+        name = study.hex()
+        with self._transaction() as rows:
+            wanted = self._history.not_yet_drawn(name, charges)
+            known = self._history.open_plan(name)
+            if known is not None:
+                if (known.split, known.reserved) != (split_id, wanted):
+                    raise RefusedError(
+                        Code.PLAN_DIFFERS,
+                        f"rows {known.first} to {known.last} reserve other work for this study.",
+                    )
+                return self._reservation(known)
+            if not wanted:
+                raise RefusedError(
+                    Code.BUDGET_PLAN, "every step of this study has been drawn and settled."
+                )
+            whole = charges_in(wanted)
+            after = self._weighed(
+                "the whole study", name, [(split_id, c) for c in whole], study_limit
+            )
+            first = self.counter + 1
+            fields = {
+                "study": name,
+                "run": run,
+                "round": 0,
+                "attempt": self._history.attempts[(name, run, 0)] + 1,
+                "split": split_id,
+                "plan": first,
+            }
+            bodies = charge_rows(whole, fields, after)
+            rows.extend(self._append(bodies))
+        return PlanReservation(study, first, first + len(bodies) - 1, whole, after.epsilon)
+
+    def plan_left(self, plan: PlanReservation) -> tuple[Charge, ...]:
+        """What no round has drawn from the plan; nothing once it is settled."""
+        with self._lock, storage(self._path):
+            self._sync()
+            state = self._state(plan)
+            return () if state.settled else charges_in(state.unused())
+
+    def draw_round(
+        self, plan: PlanReservation, round_id: RoundId, charges: Sequence[Charge]
+    ) -> Reservation:
+        """Take a round's work out of its plan, before its first gradient. One fsynced row.
+
+        Epsilon does not change: the plan is charged. What is drawn is never given back; a round
+        that is tried again draws again, as the next attempt.
+
+        Raises:
+            RefusedError: BUDGET_PLAN, where the plan has not so much left or was settled.
+            StorageError: as `reserve_round`.
+        """
+        require_work(charges)
+        if round_id.study != plan.study:
+            raise ValueError("a round draws from the plan of its own study")
+        with self._transaction() as rows:
+            state = self._state(plan)
+            if state.settled:
+                raise RefusedError(
+                    Code.BUDGET_PLAN, f"the plan of row {state.first} has been settled."
+                )
+            if state.lacks(charges):
+                raise RefusedError(
+                    Code.BUDGET_PLAN,
+                    f"round {round_id.number} needs more steps than the plan of row "
+                    f"{state.first} has left.",
+                )
+            attempt = self._history.attempts[(state.study, round_id.run, round_id.number)] + 1
+            body = {
+                "kind": "draw",
+                "plan": state.first,
+                "study": state.study,
+                "run": round_id.run,
+                "round": round_id.number,
+                "attempt": attempt,
+                "uses": [told(charge) for charge in charges],
+            }
+            rows.extend(self._append([body]))
+            total = self._history.spending().epsilon
+        return Reservation(self.counter, self.counter, attempt, total)
+
+    def settle_plan(self, plan: PlanReservation) -> bool:
+        """From here only what was drawn from the plan counts; the rest is free again.
+
+        Nothing can be drawn from it any more. Whether this call settled it: a second one changes
+        nothing.
+        """
+        with self._transaction() as rows:
+            state = self._state(plan)
+            if state.settled:
+                return False
+            after = self._history.spending(settled=(state.first,))
+            body = {
+                "kind": "settle",
+                "plan": state.first,
+                "study": state.study,
+                "drawn": [told(charge) for charge in charges_in(state.drawn)],
+                "after": [after.epsilon, after.train, after.held_out],
+            }
+            rows.extend(self._append([body]))
+        return True
+
+    def _state(self, plan: PlanReservation) -> PlanState:
+        state = self._history.plans.get(plan.first_sequence)
+        if state is None or state.study != plan.study.hex():
+            raise ValueError("the plan is not of this ledger")
+        return state
+
+    # ------------------------------------------------------------------ rounds, after
 
     def begin(self, reservation: Reservation) -> None:
         """Training under `reservation` starts now: from here it can no longer be voided."""
@@ -528,7 +568,7 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[list[_Row]]:
         """What is put on the list is folded into the history once it is durable."""
-        with self._lock, _storage(self._path):
+        with self._lock, storage(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             rows: list[_Row] = []
             done = False
@@ -548,8 +588,8 @@ class Ledger:
         rows: list[_Row] = []
         for offset, body in enumerate(bodies, start=1):
             whole = body | {"sequence": self.counter + offset, "at": round(self._clock.now(), 3)}
-            text = _canonical(whole)
-            head = _next_head(head, text)
+            text = canonical(whole)
+            head = next_head(head, text)
             self._connection.execute(
                 "INSERT INTO ledger VALUES (?, ?, ?)", (whole["sequence"], text, head)
             )
@@ -565,32 +605,10 @@ class Ledger:
                 (known,),
             ).fetchone()
             if row is None or row[0] != self.head:
-                raise _tampered(self._path, known)
+                raise tampered(self._path, known)
             if row[1] == known:
                 return
-        _fold_rows(self._path, self._connection, self._history)
-
-
-def _fold_rows(path: Path, connection: sqlite3.Connection, history: _History) -> None:
-    """Fold every row after those that `history` holds, checking the chain."""
-    rows = connection.execute(
-        "SELECT sequence, body, head FROM ledger WHERE sequence > ? ORDER BY sequence",
-        (history.counter,),
-    )
-    for sequence, text, head in rows:
-        expected = history.counter + 1
-        if sequence != expected or head != _next_head(history.head, text):
-            raise _tampered(path, expected)
-        try:
-            history.fold(json.loads(text), head)
-        except (ValueError, KeyError, TypeError):
-            raise _tampered(path, expected) from None
-    if not history.genesis:
-        raise StorageError(Code.LEDGER_DAMAGED, f"{path}: the ledger has no first row.")
-
-
-def _tampered(path: Path, row: int) -> StorageError:
-    return StorageError(Code.LEDGER_TAMPERED, f"{path}: row {row} is not what was written.")
+        fold_rows(self._path, self._connection, self._history)
 
 
 def _times(charge: Charge, rounds: int) -> Charge:
@@ -599,95 +617,3 @@ def _times(charge: Charge, rounds: int) -> Charge:
         for event in charge.events
     )
     return Charge(charge.kind, charge.part, tuple(events))
-
-
-def _canonical(body: Mapping[str, Any]) -> str:
-    return json.dumps(
-        body, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
-    )
-
-
-def _next_head(head: bytes, text: str) -> bytes:
-    return hashlib.sha256(_ROW_LABEL + head + text.encode()).digest()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw",
-        uri=True,
-        timeout=_BUSY_SECONDS,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    try:
-        connection.execute("PRAGMA synchronous=FULL")
-        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
-        if mode != "wal":
-            connection.execute("PRAGMA journal_mode=WAL")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-def _found(path: Path, cap: float, delta: float, clock: Clock, entropy: Entropy) -> None:
-    """Make the file whole under another name, then link it: no one ever sees half a ledger."""
-    genesis = {
-        "sequence": 1,
-        "kind": "genesis",
-        "at": round(clock.now(), 3),
-        "format": FORMAT,
-        "unit": "patient",
-        "relation": "add-or-remove-one",
-        "delta": delta,
-        "cap": cap,
-        "population": entropy.take(16).hex(),
-        "split_key": entropy.take(32).hex(),
-    }
-    text = _canonical(genesis)
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    with _storage(path):
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(_connect(temporary)) as connection:
-                connection.executescript(_SCHEMA)
-                connection.execute(
-                    "INSERT INTO ledger VALUES (1, ?, ?)", (text, _next_head(EMPTY_HEAD, text))
-                )
-            with contextlib.suppress(FileExistsError):  # another process was first: its own counts
-                os.link(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """Turn the storage's faults into ours."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            Code.LEDGER_WRITE, f"{path}: cannot be written ({error.strerror})."
-        ) from None
-    except sqlite3.Error as error:
-        primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise StorageError(Code.LEDGER_BUSY, f"{path}: held by another process.") from None
-        unwritable = (
-            sqlite3.SQLITE_FULL,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_PERM,
-        )
-        if primary in unwritable:
-            reason = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
-            raise StorageError(
-                Code.LEDGER_WRITE, f"{path}: cannot be written ({reason})."
-            ) from None
-        raise StorageError(Code.LEDGER_DAMAGED, f"{path}: not a readable ledger.") from None

@@ -43,9 +43,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Worked:
-    """What the work gave: update (d,), metric words (m,), the ledger, statistic words (s,)."""
+    """What the work gave.
 
-    update: NDArray[np.float32] | None
+    Shapes: update (d,), words with joint privacy; metric words (m,); statistic words (s,).
+    """
+
+    update: NDArray[np.float32] | NDArray[np.int32] | None
     metrics: NDArray[np.int64] | None
     ledger: Witness = field(default_factory=lambda: Witness(0, bytes(32)))
     statistics: NDArray[np.int64] | None = None

@@ -35,7 +35,7 @@ class RoundSecrets:
     own_shares: bytes
     head: Signed
     ready: bytes
-    update: NDArray[np.float32] | None
+    update: NDArray[np.float32] | NDArray[np.int32] | None
     words: Mapping[int, NDArray[np.int64] | None]
 
 

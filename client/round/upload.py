@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.round.effects import UPLOAD_BLOB, Effect, Release, Send, SendBlob
 from client.round.shares import open_share, ratcheted, share_commitments, share_key
@@ -13,7 +14,7 @@ from client.round.state import RoundSecrets, SiteState
 from common.crypto import labels
 from common.crypto.digest import digest, tree_digest
 from common.crypto.identity import verify
-from common.crypto.mask import add_streams
+from common.crypto.mask import Words, add_streams
 from common.errors import Code, ProtocolError
 from common.protocol.effects import Note, PutBlob
 from common.protocol.terms import UPDATE_LANE
@@ -239,14 +240,19 @@ def _masked(
         counted = secrets.words[lane.lane_id]
         if counted is None or counted.shape != (lane.length,):
             raise AssertionError("a lane of words has words of the study's length")
-        words = counted.view(np.uint64).copy()
-        add_streams(words, keys, signs)
-        planes = pack_planes(words, lane.bits)
-        return planes, tree_digest(planes)
+        return _masked_words(counted.view(np.uint64).copy(), lane, keys, signs)
     if lane.lane_id != UPDATE_LANE or secrets.update is None:
         raise AssertionError("a training round has an update")
+    # Words carry their share of the noise already; real numbers would not.
+    if (secrets.update.dtype == np.int32) != state.terms.joint:
+        raise AssertionError("a joint update is words, and no other is")
+    if state.terms.joint:
+        if secrets.update.shape != (lane.length,):
+            raise AssertionError("a joint update has the study's length")
+        return _masked_words(secrets.update.view(np.uint32), lane, keys, signs)
+    real = cast("NDArray[np.float32]", secrets.update)
     weight = np.float32(state.terms.weights[state.site])
-    update = secrets.update if weight == 1 else secrets.update * weight
+    update = real if weight == 1 else real * weight
     return masked_planes(
         update,
         exponents=secrets.header.exponents,
@@ -257,6 +263,15 @@ def _masked(
         signs=signs,
         out=planes_over(update, lane.bits),
     )
+
+
+def _masked_words(
+    words: Words, lane: Lane, keys: Sequence[bytes], signs: Sequence[int]
+) -> tuple[Sequence[Any], bytes]:
+    """The planes of words that are masked in place, and their tree digest."""
+    add_streams(words, keys, signs)
+    planes = pack_planes(words, lane.bits)
+    return planes, tree_digest(planes)
 
 
 def attempt(state: SiteState, header: Header) -> tuple[bytes, tuple[int, ...]]:

@@ -35,7 +35,8 @@ _DIGESTS: dict[tuple[Path, tuple[tuple[str, int, int, int], ...]], bytes] = {}
 class Backbone:
     """A model folder: where it is, what it is, and its tokenizer.
 
-    Guarantee: one object per digest and process, so every site shares its frozen weights.
+    Guarantee: one object per digest and process, as long as its folder stays what it was, so every
+        site shares its frozen weights.
     """
 
     spec: str
@@ -57,9 +58,18 @@ def load_backbone(spec: str) -> Backbone:
     folder = _locate(spec)
     _require_model_folder(spec, folder)
     digest = _folder_digest(folder)
-    if digest not in _CACHE:
-        _CACHE[digest] = Backbone(spec, folder, digest, _tokenizer(folder))
-    return _CACHE[digest]
+    known = _CACHE.get(digest)
+    if known is None or not _still_holds(known.folder, digest):
+        known = _CACHE[digest] = Backbone(spec, folder, digest, _tokenizer(folder))
+    return known
+
+
+def _still_holds(folder: Path, digest: bytes) -> bool:
+    """Whether the place that an equal backbone was loaded from was neither moved nor changed."""
+    try:
+        return _folder_digest(folder) == digest
+    except (OSError, DataError):
+        return False
 
 
 def backbone_digest(spec: str) -> bytes:

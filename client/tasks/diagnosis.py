@@ -71,6 +71,8 @@ class DiagnosisLearner:
         held_out: records to measure on; no patient of `train`.
         backbone: shared by every site of the process.
         device: where the network runs.
+        module: the module to work in; absent: one of its own. Learners that share one take
+            turns: each use begins with loading the trainable parameters.
 
     Raises:
         DataError: a label is not in the study, or the backbone does not fit the study.
@@ -86,6 +88,7 @@ class DiagnosisLearner:
         backbone: Backbone,
         *,
         device: torch.device,
+        module: nn.Module | None = None,
     ) -> None:
         self._study, self._backbone = study, backbone
         self._device = device
@@ -98,7 +101,7 @@ class DiagnosisLearner:
         encoder = Encoder(backbone.tokenizer, Reading.of(study.diagnosis))
         self._train = self._prepare(train, encoder)
         self._held_out = self._prepare(held_out, encoder)
-        self.module = self._network.replica()
+        self.module = self._network.replica() if module is None else module
         self._row_record = _members_of(self._train.starts)
         self._row_weight = _row_weights(self._train)
 
@@ -109,12 +112,7 @@ class DiagnosisLearner:
 
     def probe(self) -> DiagnosisLearner:
         """The same network over fixed public notes (see `Probing`)."""
-        labels = self._labels
-        records = [
-            Record(patient, text, labels[at % len(labels)], None, "probe", at + 1)
-            for at, (patient, text) in enumerate(_PROBE)
-        ]
-        return DiagnosisLearner(self._study, records, (), self._backbone, device=self._device)
+        return probe_of(self._study, self._backbone, self._device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, sorted by name."""
@@ -276,3 +274,13 @@ def _row_weights(notes: _Notes) -> NDArray[np.float32]:
 def _sum_by(values: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
     total = values.new_zeros(count, values.shape[1])
     return total.index_add(0, place, values)
+
+
+def probe_of(study: Study, backbone: Backbone, device: torch.device) -> DiagnosisLearner:
+    """The study's network over fixed public notes: what is tried before anybody's records are."""
+    labels = study.task.labels
+    records = [
+        Record(patient, text, labels[at % len(labels)], None, "probe", at + 1)
+        for at, (patient, text) in enumerate(_PROBE)
+    ]
+    return DiagnosisLearner(study, records, (), backbone, device=device)

@@ -157,21 +157,7 @@ class TabularLearner:
 
     def probe(self) -> TabularLearner:
         """The same network over fixed rows within the study's public bounds (see `Probing`)."""
-        task = self._study.tabular
-        low, high = bounds(task.features)
-        records = [
-            Record(
-                patient,
-                "",
-                task.labels[at % len(task.labels)],
-                None,
-                "probe",
-                at + 1,
-                tuple(float(value) for value in low + part * (high - low)),
-            )
-            for at, (patient, part) in enumerate(_PROBE)
-        ]
-        return TabularLearner(self._study, records, (), device=self._device)
+        return probe_of(self._study, self._device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, sorted by name."""
@@ -217,3 +203,22 @@ class TabularLearner:
         for rows in (self._train, self._held_out):
             values = torch.from_numpy(normalised(rows.part, mean, deviation))
             rows.inputs = values.to(self._device)
+
+
+def probe_of(study: Study, device: torch.device) -> TabularLearner:
+    """The study's network over fixed public rows: what is tried before anybody's records are."""
+    task = study.tabular
+    low, high = bounds(task.features)
+    records = [
+        Record(
+            patient,
+            "",
+            task.labels[at % len(task.labels)],
+            None,
+            "probe",
+            at + 1,
+            tuple(float(value) for value in low + part * (high - low)),
+        )
+        for at, (patient, part) in enumerate(_PROBE)
+    ]
+    return TabularLearner(study, records, (), device=device)

@@ -18,18 +18,18 @@ import hmac
 import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from common.crypto import labels
 from common.errors import Code, ProtocolError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 Value: TypeAlias = (
     bytes | bytearray | memoryview | str | int | Sequence["Value"] | Mapping[Any, "Value"]
 )
-Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
+Buffer: TypeAlias = "bytes | bytearray | memoryview | NDArray[Any]"
 
 DIGEST_BYTES: Final = 32
 CHUNK_BYTES: Final = 4 << 20
@@ -373,5 +373,5 @@ def _tensor(array: NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"tensors of {array.dtype} have no digest")
     little = array.dtype.newbyteorder("<")
-    body = np.ascontiguousarray(array, dtype=little)
+    body = array.astype(little, order="C", copy=False)
     return little.str, tuple(array.shape), hashlib.sha256(flat_view(body)).digest()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-Buffers = tuple[bytes | memoryview, ...]
+Buffers = Iterable[bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)

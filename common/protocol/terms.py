@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Code, ProtocolError
-from common.gate import Gate, Verdict, split_state
+from common.gate import PREFIX as STANDING
+from common.gate import Gate, Verdict
 from common.ports import Tensors
 from common.secagg.masking import Lane
 from common.secagg.quantise import limit, to_signed
 from common.statistics import PREFIX, StatisticsLayout
 from common.strategy import ServerOptimizer, mean_update, next_exponents
-from common.tensors import Layout
+from common.tensors import Layout, LazyTensors
 
 Kind = Literal["statistics", "train", "evaluate"]
 
@@ -24,6 +25,27 @@ UPDATE_LANE = 0
 METRIC_LANE = 1
 STATISTIC_LANE = 2
 METRIC_BITS = 64
+
+
+@dataclass(frozen=True)
+class _SignedWords:
+    """Words of a ring as signed integers, made piece by piece: in int64 they are two models.
+
+    As much of an array as `common.strategy` uses of an aggregate.
+    """
+
+    words: NDArray[np.uint32]
+    bits: int
+
+    @property
+    def size(self) -> int:
+        return self.words.size
+
+    def __getitem__(self, part: slice) -> _SignedWords:
+        return _SignedWords(self.words[part], self.bits)
+
+    def astype(self, kind: type[np.generic], *, copy: bool = True) -> NDArray[Any]:
+        return to_signed(self.words, self.bits).astype(kind, copy=copy)
 
 
 @dataclass(frozen=True)
@@ -37,8 +59,9 @@ class Terms:
 
     `statistics` is None where the study has no numeric features; otherwise turn 0 counts their
     `statistic_words` words before anything is trained, and the state carries their mean and
-    deviation, so that everybody normalises alike. With a `gate`, every round measures the model
-    it starts from, and the state carries the last accepted model, too.
+    deviation, so that everybody normalises alike. `joint`: updates are words that already carry
+    a share of the noise, and their grid never changes. With a `gate`, every round measures the
+    model it starts from, and the state carries the last accepted model, too.
     """
 
     study: bytes
@@ -59,6 +82,7 @@ class Terms:
     statistic_words: int = 0
     statistics: StatisticsLayout | None = None
     gate: Gate | None = None
+    joint: bool = False
 
     def __post_init__(self) -> None:
         counted = 0 if self.statistics is None else self.statistics.words
@@ -134,7 +158,9 @@ class Terms:
     def signed_sum(self, lane: Lane, words: memoryview | bytes) -> NDArray[np.int64]:
         """A lane's published aggregate as signed integers. Raises as `checked_sum`."""
         array = self.checked_sum(lane, words)
-        return array.view(np.int64) if lane.bits == METRIC_BITS else to_signed(array, lane.bits)
+        if lane.bits == METRIC_BITS:
+            return array.view(np.int64)
+        return cast("NDArray[np.int64]", _SignedWords(array.view(np.uint32), lane.bits))
 
     def apply(
         self,
@@ -146,26 +172,38 @@ class Terms:
         """The state and the exponents after a training round's aggregate.
 
         Guarantee: bit-identical wherever it is computed (common.strategy); the statistics stay
-            as they are.
+            as they are. What is in memory beside both states is of one tensor at a time.
         """
         shapes = self.layout.specs
         named = {s.name: e for s, e in zip(shapes, exponents, strict=True)}
         weights = [self.weights[site] for site in survivors]
-        update = mean_update(total, shapes, named, weights)
-        following = next_exponents(
+        places = dict(zip((s.name for s in shapes), self.layout.places, strict=True))
+        specs = {s.name: s for s in shapes}
+
+        def mean_of(name: str) -> NDArray[np.float32]:
+            return mean_update(total[places[name]], [specs[name]], named, weights)[name]
+
+        following = named if self.joint else self._following(total, named, weights)
+        kept = {name: np.asarray(state[name]) for name in state if name.startswith(PREFIX)}
+        apart = (PREFIX, STANDING)
+        trained = [name for name in state if not name.startswith(apart)]
+        model = LazyTensors(trained, state.__getitem__)
+        update = LazyTensors(places, mean_of)
+        moved = {**self.optimizer.apply(model, update), **kept}
+        after = moved if self.gate is None else self.gate.moved(state, moved)
+        return after, tuple(following[s.name] for s in shapes)
+
+    def _following(
+        self, total: NDArray[np.int64], named: Mapping[str, int], weights: Sequence[float]
+    ) -> dict[str, int]:
+        return next_exponents(
             total,
-            shapes,
+            self.layout.specs,
             named,
             weights=weights,
             largest_weight=max(self.weights.values()),
             limit=limit(self.ring_bits, len(self.roster)),
         )
-        own, _ = split_state(state)
-        kept = {name: value for name, value in own.items() if name.startswith(PREFIX)}
-        trained = {name: value for name, value in own.items() if name not in kept}
-        moved = {**self.optimizer.apply(trained, update), **kept}
-        after = moved if self.gate is None else self.gate.moved(state, moved)
-        return after, tuple(following[s.name] for s in shapes)
 
     def judge(
         self, state: Tensors, exponents: tuple[int, ...], words: NDArray[np.int64]

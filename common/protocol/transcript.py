@@ -6,7 +6,7 @@ handshake transcript rt -> header hash hh -> participants hash uh1 -> survivors 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.crypto import labels
-from common.crypto.digest import digest, expand, tree_digest
+from common.crypto.digest import digest, expand, flat_view, tree_digest
 from common.crypto.identity import verify
 from common.errors import Code, ProtocolError
 from common.ports import Tensors
@@ -26,7 +26,7 @@ from common.secagg.masking import Lane
 
 GENESIS = bytes(32)
 # What a site says whose patients' budgets allow no further round of this study.
-SPENT = frozenset({Code.BUDGET_EXCEEDED.label, Code.BUDGET_STUDY.label})
+SPENT = frozenset({Code.BUDGET_EXCEEDED.label, Code.BUDGET_STUDY.label, Code.BUDGET_PLAN.label})
 
 
 def handshake_transcript(study: bytes, run: bytes, epoch: int, bodies: Iterable[bytes]) -> bytes:
@@ -95,9 +95,15 @@ def confirm_tag(pair_key: bytes, transcript: bytes, sender: str, receiver: str) 
     return expand(pair_key, labels.CONFIRM_TAG, transcript, sender, receiver, length=TAG_BYTES)
 
 
-def dump_state(terms: Terms, state: Tensors) -> bytes:
+def state_parts(terms: Terms, state: Tensors) -> Iterator[memoryview]:
     """A state's bytes for a site that is behind: every tensor, little-endian, names sorted."""
-    return b"".join(np.ascontiguousarray(state[n], "<f4").tobytes() for n in sorted(terms.initial))
+    for name in sorted(terms.initial):
+        yield flat_view(np.ascontiguousarray(state[name], "<f4"))
+
+
+def dump_state(terms: Terms, state: Tensors) -> bytes:
+    """`state_parts` in one piece."""
+    return b"".join(state_parts(terms, state))
 
 
 def load_state(terms: Terms, data: bytes | memoryview) -> dict[str, NDArray[np.float32]]:

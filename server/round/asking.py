@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from common.protocol.wire import (
     Survivors,
     pack,
 )
-from server.round.effects import Effect, SendTo
+from server.round.effects import Effect, SendEach, SendTo
+from server.round.record import chain_blobs
 from server.round.state import CoordinatorState
 
 
@@ -29,11 +30,7 @@ def resend(state: CoordinatorState, sites: set[str]) -> list[Effect]:
         opening = state.opening
         return [] if opening is None else forward(opening.ask(sites))
     if seen.phase == "ready":
-        plain = round_start(state, with_base=False)
-        chosen = sites & set(seen.members)
-        behind = chosen & state.behind
-        based = round_start(state, with_base=True) if behind else plain
-        return [SendTo(v, based if v in behind else plain) for v in sorted(chosen)]
+        return [send_model(state, sites & set(seen.members), round_start)]
     if seen.phase == "upload":
         ask = partial(_participants_for, state)
         chosen = sites & set(state.ready) - set(seen.receipts)
@@ -61,10 +58,33 @@ def _resend_unmask(state: CoordinatorState, sites: set[str]) -> list[Effect]:
     return [SendTo(v, agreements if v in seen.agreements else survivors) for v in chosen]
 
 
+def send_model(
+    state: CoordinatorState, sites: Iterable[str], make: Callable[..., bytes]
+) -> SendEach:
+    """Send each of the sites what `make` gives: with the base where the site is behind."""
+
+    def messages() -> Iterator[tuple[str, bytes]]:
+        made: dict[bool, bytes] = {}
+        for site in sorted(sites):
+            behind = site in state.behind
+            if behind not in made:
+                made[behind] = make(state, with_base=behind)
+            yield site, made[behind]
+
+    return SendEach(messages)
+
+
+def _base(state: CoordinatorState) -> memoryview:
+    """The state that the last completed round started from."""
+    version = state.record.version
+    kept = state.blob(chain_blobs(version)[1]) if version else None
+    return memoryview(dump_state(state.terms, state.terms.initial) if kept is None else kept)
+
+
 def round_start(state: CoordinatorState, *, with_base: bool) -> bytes:
     """The message that begins this round; with the served base for a site that is behind."""
     seen = state.record
-    base = memoryview(dump_state(state.terms, state.base.state)) if with_base else None
+    base = _base(state) if with_base else None
     return pack(
         RoundStart(
             seen.study,
@@ -98,7 +118,7 @@ def released(state: CoordinatorState) -> bytes:
 def farewell(state: CoordinatorState, *, with_base: bool) -> bytes:
     """The message that ends the run at a site, with the last certificate."""
     seen = state.record
-    base = memoryview(dump_state(state.terms, state.base.state)) if with_base else None
+    base = _base(state) if with_base else None
     if seen.ended:
         refusals = tuple(seen.spent[v] for v in sorted(seen.spent))
         return pack(Ended(seen.study, seen.run, state.link, base, refusals))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from common.errors import AbortedRound, Code
 from common.protocol.effects import Note
 from server.handshake import Opening
-from server.round.asking import farewell, resend
-from server.round.effects import Effect, RunOver, SendTo
+from server.round.asking import farewell, resend, send_model
+from server.round.effects import Effect, RunOver
 from server.round.state import CoordinatorState
 
 
@@ -101,7 +101,5 @@ def finish(state: CoordinatorState, why: Code | None = None) -> list[Effect]:
             **({"verdict": ended} if ended else {}),
         },
     )
-    goodbyes = [
-        SendTo(v, farewell(state, with_base=v in state.behind)) for v in state.terms.parties
-    ]
-    return [kept, *goodbyes, note, RunOver(state.chain)]
+    goodbyes = send_model(state, state.terms.parties, farewell)
+    return [kept, goodbyes, note, RunOver(state.chain)]

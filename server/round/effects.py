@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,16 @@ class SendTo:
 
     site: str
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendEach:
+    """Hand the transport a message for each of some sites, made only when it is.
+
+    Such a message is as large as the model, and is made of blobs that earlier effects put.
+    """
+
+    messages: Callable[[], Iterable[tuple[str, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +62,4 @@ class RunOver:
     chain: Chain
 
 
-Effect = Persist | PutBlob | DropBlob | SendTo | Note | Completed | Aborted | RunOver
+Effect = Persist | PutBlob | DropBlob | SendTo | SendEach | Note | Completed | Aborted | RunOver

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.crypto.digest import decode
 from common.errors import Code, ProtocolError
-from common.ports import Entropy
+from common.ports import Entropy, Tensors
 from common.protocol.codec import load_record
 from common.protocol.effects import Note
 from common.protocol.terms import Terms
@@ -27,7 +27,6 @@ from common.protocol.wire import (
     Established,
     Head,
     Hello,
-    Link,
     Ready,
     Refusal,
     RunKey,
@@ -88,7 +87,8 @@ class CoordinatorRound:
         patience: fruitless deadlines in a row before `tick` raises AbortedRound; None waits
             for ever. Nothing is lost by raising: the run resumes where it stood.
         record: the last durable record, or None at the first start.
-        blob: reads a kept blob; used only here, to resume.
+        blob: reads a kept blob: to resume, and for messages as large as the model.
+        keep: puts a model where it lies until the next round is opened, and gives what reads it.
     """
 
     def __init__(
@@ -100,13 +100,16 @@ class CoordinatorRound:
         patience: int | None,
         record: bytes | None,
         blob: Callable[[str], bytes | None],
+        keep: Callable[[Tensors], Tensors] = lambda state: state,
     ) -> None:
         if record is None:
             known = CoordinatorRecord.fresh(terms.study, entropy.take(32))
         else:
             known = load_record(CoordinatorRecord, decode(record, max_bytes=2**28, max_items=2**22))
-        self.state = CoordinatorState(terms, deadlines, known, patience=patience)
-        _restore(self.state, blob)
+        self.state = CoordinatorState(
+            terms, deadlines, known, patience=patience, blob=blob, keep=keep
+        )
+        _restore(self.state)
 
     @property
     def record(self) -> CoordinatorRecord:
@@ -209,32 +212,34 @@ class CoordinatorRound:
         return []
 
 
-def _restore(state: CoordinatorState, blob: Callable[[str], bytes | None]) -> None:
+def _restore(state: CoordinatorState) -> None:
     """Rebuild what the record's phase needs from the blobs."""
     seen = state.record
-    link, base = (blob(name) for name in chain_blobs(seen.version))
-    if seen.version and link is not None and base is not None:
-        value = decode(link, max_bytes=state.terms.upload_bytes() * 2, views=True)
-        state.link = load_record(Link, value)
-        header = state.link.header
-        state.base = Chain(
-            0,
-            header.turn,
-            load_state(state.terms, base),
-            header.state,
-            header.exponents,
-            header.prev,
-        )
-        state.chain = advance(state.terms, state.base, state.link, state_digest)
+    _restore_chain(state)
     if seen.phase in {"upload", "agree", "unmask"}:
-        ready = blob(READY_BLOB)
+        ready = state.blob(READY_BLOB)
         if ready is None:
             raise AssertionError("the ready blob is written before its phase is persisted")
         state.ready = READIES.load(decode(ready, max_bytes=2**30, max_items=2**22))
         state.heads = {v: unpack_body(Head, r.head) for v, r in state.ready.items()}
         state.sums = [lane.zeros() for lane in state.lanes]
     if seen.phase in {"agree", "unmask"}:
-        sums = blob(SUM_BLOB)
+        sums = state.blob(SUM_BLOB)
         if sums is None:
             raise AssertionError("the sum blob is written before its phase is persisted")
         state.sums = load_sums(state.lanes, sums)
+
+
+def _restore_chain(state: CoordinatorState) -> None:
+    """Go from the state that the last completed round started from to the one after it."""
+    version = state.record.version
+    content = state.blob(chain_blobs(version)[1]) if version else None
+    if content is None:
+        return
+    base = state.keep(load_state(state.terms, content))
+    del content  # what follows needs the room
+    link = state.link
+    if link is not None:
+        header = link.header
+        before = Chain(0, header.turn, base, header.state, header.exponents, header.prev)
+        state.move(advance(state.terms, before, link, state_digest))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.crypto.digest import encode, flat_view
+from common.crypto.digest import encode_parts, flat_view
 from common.crypto.identity import verify
 from common.crypto.mask import Words
 from common.errors import Code, ProtocolError
@@ -15,10 +15,10 @@ from common.protocol.effects import DropBlob, Note, PutBlob
 from common.protocol.transcript import (
     advance,
     certified_survivors,
-    dump_state,
     head_digest,
     metric_sum,
     rejection,
+    state_parts,
 )
 from common.protocol.wire import Agree, Link, Signed, Unmask, unpack_body
 from common.secagg.masking import Lane
@@ -87,12 +87,12 @@ def _open_round(state: CoordinatorState) -> OpenRound:
 
 def _complete(state: CoordinatorState, now: float, opened: OpenRound) -> list[Effect]:
     answers = [state.unmasks[v] for v in sorted(state.unmasks)]
-    sums = state.sums
     try:
-        open_sum(state.terms, opened, answers, sums)
+        open_sum(state.terms, opened, answers, state.sums)
     except ProtocolError as error:
         return _convict(state, now, error)
     state.progress()
+    sums, state.sums = state.sums, []  # from here they are the link's
     link = Link(
         state.header,
         {v: head_digest(r.head) for v, r in state.ready.items()},
@@ -100,9 +100,8 @@ def _complete(state: CoordinatorState, now: float, opened: OpenRound) -> list[Ef
         tuple(state.record.agreements[v] for v in sorted(state.record.agreements)),
         tuple(_published(lane, total) for lane, total in zip(state.lanes, sums, strict=True)),
     )
-    state.base, state.link = state.chain, link
-    survivors = certified_survivors(link)
-    state.chain = advance(state.terms, state.base, link, state_digest, survivors)
+    base, survivors = state.chain.state, certified_survivors(link)
+    state.move(advance(state.terms, state.chain, link, state_digest, survivors))
     seen = state.record
     completed = Completed(
         seen.round,
@@ -132,8 +131,8 @@ def _complete(state: CoordinatorState, now: float, opened: OpenRound) -> list[Ef
     # Under this round's own names: until the record says so, the last round's still count.
     link_blob, base_blob = chain_blobs(seen.round)
     blobs: list[Effect] = [
-        PutBlob(base_blob, (dump_state(state.terms, state.base.state),)),
-        PutBlob(link_blob, (encode(dump_record(link)),)),
+        PutBlob(base_blob, state_parts(state.terms, base)),
+        PutBlob(link_blob, encode_parts(dump_record(link))),
     ]
     old = chain_blobs(seen.version)
     kept = state.persist(phase="idle", version=seen.round, burns=(), uncertified=0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common.crypto.digest import decode
 from common.crypto.mask import Words
+from common.ports import Tensors
+from common.protocol.codec import load_record
 from common.protocol.effects import Note, Persist
 from common.protocol.terms import Terms
 from common.protocol.transcript import (
@@ -20,7 +24,7 @@ from common.protocol.wire import Head, Header, Link, Ready, Receipt, Signed, Unm
 from common.secagg.masking import Lane
 from common.tensors import state_digest
 from server.handshake import Opening
-from server.round.record import CoordinatorRecord
+from server.round.record import CoordinatorRecord, chain_blobs
 
 RESENDS_PER_PHASE = 4
 # Seconds that a site which missed a phase is waited for at the least, once the others are there.
@@ -39,18 +43,29 @@ class Deadlines:
 
 
 class CoordinatorState:
-    """Where the coordinator stands in one run: what is durable, and what it collects now."""
+    """Where the coordinator stands in one run: what is durable, and what it collects now.
+
+    The last link and the state it starts from are read from their blobs when they are sent: each
+    is as large as the model.
+    """
 
     def __init__(
-        self, terms: Terms, deadlines: Deadlines, record: CoordinatorRecord, *, patience: int | None
+        self,
+        terms: Terms,
+        deadlines: Deadlines,
+        record: CoordinatorRecord,
+        *,
+        patience: int | None,
+        blob: Callable[[str], bytes | None],
+        keep: Callable[[Tensors], Tensors],
     ) -> None:
         self.terms = terms
         self.deadlines = deadlines
         self.patience = patience
         self.record = record
+        self.blob = blob
+        self.keep = keep
         self.chain = Chain.genesis(terms, state_digest(terms.initial))
-        self.base = self.chain
-        self.link: Link | None = None
         self.opening: Opening | None = None
         self.ready: dict[str, Ready] = {}
         self.heads: dict[str, Head] = {}
@@ -70,6 +85,22 @@ class CoordinatorState:
         self.began = 0.0
         self.grace_until = math.inf
         self.fruitless = 0
+
+    @property
+    def link(self) -> Link | None:
+        """The certificate and the sums of the last completed round, read anew."""
+        version = self.record.version
+        content = self.blob(chain_blobs(version)[0]) if version else None
+        if content is None:
+            return None
+        value = decode(content, max_bytes=self.terms.upload_bytes() * 2, views=True)
+        found: Link = load_record(Link, value)
+        return found
+
+    def move(self, chain: Chain) -> None:
+        """Stand at `chain`, its model kept where this process keeps models."""
+        kept = self.keep(chain.state)
+        self.chain = chain if kept is chain.state else replace(chain, state=kept)
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

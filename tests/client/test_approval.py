@@ -46,6 +46,16 @@ BEYOND = [
 ]
 
 
+def test_a_hospital_may_refuse_to_count_on_other_hospitals_noise() -> None:
+    joint = dataclasses.replace(FACTS, joint=True)
+    approve(joint, CEILINGS, stopped=False)
+    alone = CEILINGS.model_copy(update={"accept_joint": False})
+    approve(FACTS, alone, stopped=False)
+    with pytest.raises(RefusedError) as caught:
+        approve(joint, alone, stopped=False)
+    assert caught.value.code is Code.APPROVAL_JOINT
+
+
 def test_a_study_exactly_at_every_ceiling_is_approved() -> None:
     approve(FACTS, CEILINGS, stopped=False)
 
@@ -76,9 +86,10 @@ def test_the_kill_switch_refuses_before_anything_else() -> None:
 
 
 def test_every_objection_is_listed() -> None:
-    worst = StudyFacts(CODE, STUDY, BACKBONE, parties=3, rounds=101, epsilon=4.0, delta=1e-4)
-    codes = {objection.code for objection in objections(worst, CEILINGS, stopped=True)}
-    assert len(codes) == 8
+    worst = StudyFacts(CODE, STUDY, BACKBONE, 3, rounds=101, epsilon=4.0, delta=1e-4, joint=True)
+    alone = CEILINGS.model_copy(update={"accept_joint": False})
+    codes = {objection.code for objection in objections(worst, alone, stopped=True)}
+    assert len(codes) == 9
     bare = dataclasses.replace(worst, epsilon=None, delta=None)
     codes |= {objection.code for objection in objections(bare, CEILINGS, stopped=True)}
     # The other two are about the record of an approval and the roster, not about a study.

@@ -5,7 +5,8 @@ import pytest
 
 from client.build import build_model
 from client.tasks.backbone import load_backbone
-from common.errors import Code, DataError
+from common.errors import Code, DataError, RefusedError
+from common.study import Study
 
 
 @pytest.mark.parametrize("tuning", ["head", "bitfit", "lora", "full"])
@@ -66,3 +67,37 @@ def test_a_study_without_a_backbone_here_says_what_to_do(study_of, tmp_path):
     with pytest.raises(DataError) as caught:
         build_model(study_of(tmp_path / "nothing"))
     assert caught.value.code is Code.MODEL_FOLDER
+
+
+@pytest.mark.parametrize("mode", ["joint", "local"])
+def test_a_network_that_no_hospital_could_train_privately_is_not_built(
+    mode, tiny, study_of, monkeypatch
+):
+    from torch import nn
+
+    from client.tasks import network
+
+    class Strange(nn.LayerNorm):
+        """Computes with the parameters of a layer norm, but nobody knows what."""
+
+    study = study_of(tiny("bert"), "full")
+    private = {"mode": mode, "epsilon": 3.0, "delta": 1e-5, "clip_norm": 1.0}
+    steps = {**study.training.model_dump(), "local_steps": 1}
+    data = {**study.model_dump(exclude={"simulation"}), "privacy": private, "training": steps}
+    secret = Study.model_validate(data)
+    monkeypatch.setattr(network, "_CACHE", {})
+    bare = network.bare_model
+
+    def strange_model(plan, backbone):
+        model = bare(plan, backbone)
+        for layer in [m for m in model.modules() if type(m) is nn.LayerNorm]:
+            layer.__class__ = Strange
+        return model
+
+    build_model(secret)
+    monkeypatch.setattr(network, "_CACHE", {})
+    monkeypatch.setattr(network, "bare_model", strange_model)
+    build_model(study)  # without a privacy mode it may train
+    with pytest.raises(RefusedError) as caught:
+        build_model(secret)
+    assert caught.value.code is Code.MODEL_UNSUPPORTED

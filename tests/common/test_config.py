@@ -140,8 +140,8 @@ MISTAKES = [
         ["study.yaml:12:14: privacy.clip_norm: must be at least 0.001 (got 0)"],
     ),
     (
-        changed("mode: local", "mode: joint"),
-        ["study.yaml:9:9: privacy.mode: must be 'local' or 'none' (got 'joint')"],
+        changed("mode: local", "mode: central"),
+        ["study.yaml:9:9: privacy.mode: must be 'joint', 'local' or 'none' (got 'central')"],
     ),
     (
         changed("labels: [flu, cold]", "labels: [flu]"),

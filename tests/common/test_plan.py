@@ -238,3 +238,105 @@ def test_a_long_study_shows_about_fifty_points():
     curve = plan(long, 1925).training.curve
     assert len(curve) <= 52
     assert (curve[0][0], curve[-1][0]) == (1, 1000)
+
+
+# ------------------------------------------------------------------------------ joint
+
+
+def joint(**override):
+    training = {
+        "rounds": 20,
+        "local_steps": 1,
+        "sampling_rate": 0.5,
+        "expected_batch": 100.0,
+        "spare_rounds": 1,
+    }
+    privacy = {"mode": "joint", "epsilon": 3.0, "delta": 1e-5, "clip_norm": 1.0}
+    return study(**{"training": training, "privacy": privacy, **override})
+
+
+def test_joint_noise_is_solved_against_the_colluders_and_stated_against_three_audiences():
+    found = plan(joint(), 1925)
+    sigma = found.training.noise_multiplier
+    assert (found.quorum, found.colluders_tolerated, found.joint.honest) == (7, 3, 4)
+    assert found.ring_bits == 32
+    told = {audience.name: audience for audience in found.joint.audiences}
+    assert list(told) == ["coordinator", "colluders", "all_others"]
+    for name, factor in (
+        ("coordinator", math.sqrt(7 / 4)),
+        ("colluders", 1.0),
+        ("all_others", 0.5),
+    ):
+        assert told[name].epsilon == epsilon([DpEvent(sigma * factor, 0.5, 21)], 1e-5)
+    assert told["colluders"].epsilon == found.training.epsilon <= 3.0
+    assert told["coordinator"].epsilon < 3.0 < told["all_others"].epsilon
+
+
+def test_joint_noise_is_smaller_by_the_root_of_the_honest_hospitals():
+    one = joint()
+    local = study(training=one.training.model_dump())
+    ratio = plan(local, 1925).training.noise_to_signal / plan(one, 1925).training.noise_to_signal
+    assert ratio == pytest.approx(math.sqrt(4))
+    more = joint(quorum={"colluders": 1, "survivors": 9})
+    assert plan(more, 1925).joint.honest == 8
+    less = plan(local, 1925).training.noise_to_signal / plan(more, 1925).training.noise_to_signal
+    assert less == pytest.approx(math.sqrt(8))
+
+
+def test_too_few_patients_for_the_noise_are_told_how_many_are_needed():
+    few = dict.fromkeys(PATIENTS, 40)
+    (warning,) = [
+        w for w in plan(joint(), 100_000, patients=few).warnings if "would make them equal" in w
+    ]
+    needed = int(warning.split("about ")[1].split(" patients")[0].replace(",", ""))
+    enough = dict.fromkeys(PATIENTS, needed + 1)
+    assert not [
+        w for w in plan(joint(), 100_000, patients=enough).warnings if "would make them equal" in w
+    ]
+    short = {site: int(needed * 0.98) for site in PATIENTS}
+    assert [
+        w for w in plan(joint(), 100_000, patients=short).warnings if "would make them equal" in w
+    ]
+
+
+def test_a_ring_without_room_for_the_noise_is_refused_at_the_plan():
+    training = {**joint().training.model_dump(), "expected_batch": 1e6}
+    with pytest.raises(ConfigError) as caught:
+        plan(joint(training=training), 110_000_000)
+    assert caught.value.code is Code.JOINT_RING
+
+
+def test_a_joint_study_that_nobody_could_reserve_is_refused_at_the_plan():
+    privacy = joint().privacy.model_dump()
+    with pytest.raises(ConfigError) as caught:
+        plan(joint(privacy={**privacy, "noise_multiplier": 1.0}), 1925)
+    assert caught.value.code is Code.PLAN_IMPOSSIBLE
+    assert "of 3" in caught.value.message
+    assert plan(joint(privacy={**privacy, "noise_multiplier": 50.0}), 1925).training.epsilon < 3
+
+
+def test_a_coarse_grid_is_said():
+    training = {**joint().training.model_dump(), "expected_batch": 20_000.0, "sampling_rate": 1.0}
+    found = plan(joint(training=training), 10_000_000)
+    assert found.joint.rounding > 0.02
+    assert [w for w in found.warnings if w.startswith("the grid of the ring")]
+    assert not [w for w in plan(joint(), 1925).warnings if w.startswith("the grid")]
+
+
+def test_statistics_and_steps_of_a_joint_study_fit_wherever_rounds_burn():
+    features = tuple({"name": f"f{i}", "low": 0.0, "high": 1.0} for i in range(3))
+    task = {"kind": "tabular", "labels": ("a", "b"), "features": features}
+    found = plan(joint(task=task, model=None), 8)
+    events = [
+        DpEvent(found.training.noise_multiplier, 0.5, 21),
+        DpEvent(found.statistics.noise_multiplier, 1.0, 2),
+    ]
+    assert epsilon(events, 1e-5) == found.training.epsilon <= 3.0
+
+
+def test_the_rendered_plan_says_against_whom_joint_noise_holds():
+    text = render(plan(joint(), 1925))
+    assert "joint: one noise for all hospitals" in text
+    assert "the coordinator with 3 of 10 hospitals" in text
+    assert "the coordinator with all 9 other hospitals" in text
+    assert "each hospital's own noise" in render(plan(study(), 1925))

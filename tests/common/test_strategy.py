@@ -23,6 +23,7 @@ from common.strategy import (
     mean_update,
     model_tensors,
     next_exponents,
+    released,
 )
 
 NAMES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
@@ -394,3 +395,34 @@ def test_the_square_sum_is_exact_where_int64_would_wrap():
     assert int((words * words).sum()) != len(words) * 2**62, "the control: plain int64 wraps"
     with pytest.raises(ValueError, match="32 bits"):
         strategy._square_sum(np.array([2**32], np.int64))
+
+
+# ------------------------------------------------------------------ the running average
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_average_follows_the_models_and_leaves_their_way_alone(name):
+    chosen = {"learning_rate": 0.1, "tau": 0.1}
+    plain = ServerOptimizer(OptimizerSettings(name, **chosen))
+    averaging = ServerOptimizer(OptimizerSettings(name, average=0.5, **chosen))
+    state, other = plain.initial(one(1.0)), averaging.initial(one(1.0))
+    average = 1.0
+    for turn in range(1, 12):
+        update = one(math.sin(turn))
+        state, other = plain.apply(state, update), averaging.apply(other, update)
+        decay = min(0.5, (1 + turn) / (10 + turn))
+        average += (1 - decay) * (float(state["w"][0]) - average)
+        assert other["w"] == state["w"]
+        assert float(released(other)["w"][0]) == pytest.approx(average, rel=1e-5)
+    assert released(other)["w"] != other["w"]
+    assert model_tensors(other)["w"] == released(other)["w"]
+    assert set(model_tensors(other)) == {"w"}
+    assert released(state)["w"] == state["w"]
+
+
+def test_an_average_that_the_settings_do_not_ask_for_is_refused():
+    averaging = ServerOptimizer(OptimizerSettings(average=0.5))
+    with pytest.raises(ValueError, match="slots"):
+        ServerOptimizer(OptimizerSettings()).apply(averaging.initial(one(1.0)), one(1.0))
+    with pytest.raises(ValueError, match="average"):
+        OptimizerSettings(average=1.0)

@@ -15,6 +15,8 @@ task: {kind: diagnosis, labels: [flu, cold]}
 model: {backbone: hub/model}
 privacy: {mode: local, epsilon: 3, delta: 1e-5, clip_norm: 1}
 """
+JOINT = BASE.replace("local", "joint")
+STEP = "training: {local_steps: 1}\n"
 SITES = "sites: [{id: a}, {id: b}, {id: c}]\n"
 FIVE = "sites: [{id: a}, {id: b}, {id: c}, {id: d}, {id: e}]\n"
 SIMULATION = "simulation:\n  data: {files: [f.csv]}\n"
@@ -36,7 +38,7 @@ def test_a_minimal_study_needs_six_lines() -> None:
     assert made.party_count == 3
     assert made.quorum_size(3) == 3
     assert made.colluders(3) == 1
-    assert made.aggregation.ring_bits == 24
+    assert made.ring_bits == 24
     assert made.task.columns.patient == "patient"
 
 
@@ -162,6 +164,60 @@ RULES = [
         "9:29: simulation.faults.0.site: is not a site of the study",
     ),
     (
+        BASE + FIVE + "quorum: {colluders: 1, survivors: 3}\n",
+        (
+            "7:35: quorum.survivors: must lie between 4, which withstands 1 colluders, and the 5 "
+            "hospitals (got 3)"
+        ),
+    ),
+    (
+        BASE + FIVE + "quorum: {survivors: 6}\n",
+        (
+            "7:21: quorum.survivors: must lie between 4, which withstands 1 colluders, and the 5 "
+            "hospitals (got 6)"
+        ),
+    ),
+    (
+        JOINT + SITES,
+        (
+            "1:1: training.local_steps: must be 1 with privacy.mode: joint, where a round is one "
+            "step (got 10)"
+        ),
+    ),
+    (
+        JOINT + SITES + "training: {local_steps: 1, optimizer: {learning_rate: 2}}\n",
+        (
+            "7:39: training.optimizer: has no effect with privacy.mode: joint, where only the "
+            "server's optimiser steps; remove it"
+        ),
+    ),
+    (
+        JOINT + SITES + "training: {local_steps: 1, proximal: 0.1}\n",
+        (
+            "7:38: training.proximal: has no effect with privacy.mode: joint, where only the "
+            "server's optimiser steps; remove it"
+        ),
+    ),
+    (
+        JOINT + SITES + STEP + "aggregation: {ring_bits: 24}\n",
+        ("8:26: aggregation.ring_bits: must be 32 with privacy.mode: joint, or be left out"),
+    ),
+    (
+        JOINT + SITES.replace("{id: b}", "{id: b, weight: 0.5}") + STEP,
+        "6:34: sites.1.weight: must be 1 with privacy.mode: joint: every patient counts alike",
+    ),
+    (
+        JOINT.replace("epsilon: 3, ", "") + SITES + STEP,
+        "5:1: privacy.epsilon: is needed with mode: joint",
+    ),
+    (
+        BASE.replace(
+            "mode: local, epsilon: 3, delta: 1e-5, clip_norm: 1", "mode: none, engine: opacus"
+        )
+        + SITES,
+        "5:31: privacy.engine: has no effect with mode: none; remove it",
+    ),
+    (
         SIM + "  split: {by: iid, sites: 5}\n  faults: [{round: 1, site: site-01, fault: nap}]\n",
         "9:45: simulation.faults.0.fault: must be 'drop' or 'crash' (got 'nap')",
     ),
@@ -179,6 +235,15 @@ def test_what_the_rules_refuse_is_accepted_one_step_inside_the_bound() -> None:
     study(SIM + "  split: {by: iid, sites: 5}\n  dropouts_per_round: 1\n")
     study(SIM + "  split: {by: pathological, sites: 4, classes_per_site: 2}\n")
     study(SIM + "  split: {by: column, column: h}\n")
+    study(JOINT + SITES + STEP + "aggregation: {ring_bits: 32}\n")
+
+
+def test_a_joint_study_has_the_wide_ring_and_counts_on_the_quorum_without_the_colluders() -> None:
+    made = study(JOINT + FIVE + STEP + "quorum: {colluders: 1, survivors: 5}\n")
+    assert made.ring_bits == 32
+    assert (made.quorum_size(5), made.colluders(5), made.honest(5)) == (5, 1, 4)
+    least = study(JOINT + FIVE + STEP)
+    assert (least.quorum_size(5), least.honest(5)) == (4, 3)
 
 
 def test_more_sites_than_shares_have_coordinates_are_refused() -> None:
@@ -213,6 +278,9 @@ CHANGES = [
     ("{id: b}", "{id: bb}"),
     (SITES, SITES + "quorum: {colluders: 1}\n"),
     (SITES, SITES + "aggregation: {ring_bits: 32}\n"),
+    (SITES, SITES + "aggregation: {average: 0.9}\n"),
+    (SITES, SITES + "quorum: {survivors: 3}\n"),
+    ("clip_norm: 1", "clip_norm: 1, engine: opacus"),
     (SITES, SITES + "deadlines: {train_s: 5}\n"),
 ]
 

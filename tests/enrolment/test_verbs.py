@@ -18,7 +18,7 @@ from server.config import CoordinatorConfig
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "opacus", "dp_accounting", "rich", "pyarrow", "matplotlib"}
-HEAVY |= {"structlog", "scipy", "peft", "flwr", "prometheus_client", "grpc"}
+HEAVY |= {"structlog", "scipy", "peft", "flwr", "prometheus_client", "grpc", "numpy"}
 
 
 @pytest.fixture

@@ -167,9 +167,9 @@ def test_the_coordinators_code_imports_no_torch(tmp_path):
         for path in sources()
         if path.parts[len(ROOT.parts)] in {"common", "server"}
     ]
-    # The two roots that compose a whole federation in one place; no coordinator loads them.
-    both = {"server.simulate", "server.ray"}
-    names = [n.removesuffix(".__init__") for n in names if n not in both]
+    # The roots that compose a whole federation in one place; no coordinator loads them.
+    roots = {"server.records", "server.simulate", "server.ray"}
+    names = [n.removesuffix(".__init__") for n in names if n not in roots]
     code = "\n".join(f"import {name}" for name in names)
     done = python(code + "\nprint(sorted(sys.modules))", folder=tmp_path, hidden=(*HEAVY, "client"))
     assert done.returncode == 0, done.stderr
@@ -247,18 +247,23 @@ def test_control_another_missing_module_is_a_bug_and_surfaces(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_a_fault_in_the_data_is_told_before_anything_heavy_is_loaded(tmp_path):
+@pytest.mark.parametrize("data", [None, "patient,hospital,note,label\na,b,c,d\n"])
+@pytest.mark.parametrize("verb", ["simulate", "plan", "study build"])
+def test_a_fault_in_the_data_is_told_before_anything_heavy_is_loaded(tmp_path, verb, data):
     text = (ROOT / "configs" / "simulation.yaml").read_text()
-    (tmp_path / "study.yaml").write_text(text.replace("data/synthetic-notes.csv", "none.csv"))
+    (tmp_path / "study.yaml").write_text(text.replace("data/synthetic-notes.csv", "notes.csv"))
+    if data is not None:
+        (tmp_path / "notes.csv").write_text(data)
     code = """
 from common.cli import main
-status = main(["simulate", "study.yaml"])
-heavy = [name for name in ("torch", "transformers", "opacus", "dp_accounting", "matplotlib")
+status = main([*"VERB".split(), "study.yaml"])
+heavy = [name for name in ("torch", "transformers", "opacus", "dp_accounting", "matplotlib",
+                           "numpy", "rich", "server.simulate", "client.site", "client.daemon")
          if name in sys.modules]
-print(status, heavy)
+print(status, heavy, "client.data.tables" in sys.modules)
 """
-    done = python(code, folder=tmp_path)
-    assert done.stdout.splitlines()[-1] == "3 []", done.stdout + done.stderr
+    done = python(code.replace("VERB", verb), folder=tmp_path)
+    assert done.stdout.splitlines()[-1] == "3 [] True", done.stdout + done.stderr
 
 
 def test_locked_requirements_carry_hashes_and_no_address():

@@ -108,6 +108,13 @@ def test_the_real_round_shows_the_signal_and_the_noise_it_claims(name, records):
     assert noise_ratio == pytest.approx(1.0, abs=0.06)
 
 
+def test_the_round_shows_the_same_with_gradients_from_opacus():
+    signal, noise, signal_ratio, noise_ratio = scores(replace(HONEST, engine="opacus"), records=2)
+    assert max(abs(signal), abs(noise)) < LIMIT
+    assert signal_ratio == pytest.approx(1.0, abs=0.2)
+    assert noise_ratio == pytest.approx(1.0, abs=0.06)
+
+
 MISTAKES = {
     "half the noise": {"noise_multiplier": SIGMA / 2},
     "twice the sampling rate": {"sampling_rate": 2 * RATE},
@@ -135,7 +142,9 @@ def test_the_audit_catches_clipping_per_record_instead_of_per_patient(monkeypatc
         def clipped_sum(self, losses, owner, patients):
             return super().clipped_sum(losses, np.arange(len(owner)), len(owner))
 
-    monkeypatch.setattr(client.training, "PerSampleEngine", PerRecord)
+    monkeypatch.setattr(
+        client.training, "choose_engine", lambda _, *given, **more: PerRecord(*given, **more)
+    )
     signal, _, ratio, _ = scores(records=3)
     assert signal > LIMIT
     assert ratio == pytest.approx(3.0, rel=0.1)
@@ -150,7 +159,9 @@ def test_the_audit_catches_a_plain_sum_in_the_place_of_the_clipped_one(monkeypat
             finally:
                 self.clip_norm = kept
 
-    monkeypatch.setattr(client.training, "PerSampleEngine", Unclipped)
+    monkeypatch.setattr(
+        client.training, "choose_engine", lambda _, *given, **more: Unclipped(*given, **more)
+    )
     signal, *_ = scores()
     assert signal > LIMIT
 

@@ -51,6 +51,7 @@ def make_terms(
     c: int | None = None,
     extra: int = 3,
     features: int = 0,
+    joint: bool = False,
 ) -> Terms:
     n = len(sites)
     layout = Layout((TensorSpec("tracer", (n + extra,)),))
@@ -75,6 +76,7 @@ def make_terms(
         burns_tolerated=spare,
         statistic_words=3 * features,
         statistics=statistics,
+        joint=joint,
     )
 
 
@@ -111,6 +113,8 @@ class TracerWorker:
         if request.trains:
             update = np.zeros(self.terms.layout.size, np.float32)
             update[index] = 1.0
+            if self.terms.joint:  # the same in words of the grid
+                update = (update * 2**TRACER_EXPONENT).astype(np.int32)
         if request.measures:
             metrics = np.zeros(self.terms.metric_words, np.int64)
             metrics[index] = 1
@@ -289,6 +293,7 @@ class World:
         every: int = 1,
         c: int | None = None,
         features: int = 0,
+        joint: bool = False,
     ) -> None:
         self.sites = [f"site-{i:02d}" for i in range(1, n + 1)]
         self.keys = {
@@ -305,6 +310,7 @@ class World:
             every=every,
             c=c,
             features=features,
+            joint=joint,
         )
         self.clock = ManualClock()
         self.deadlines = Deadlines(10, 10, 10, 10, 10)

@@ -84,6 +84,7 @@ PRIVATE = PrivacyFacts(
     evaluation_releases=20,
     evaluation_answers={"PLD": 2.998},
     randomness="AES-256-CTR keyed by the operating system",
+    steps=200,
 )
 OPEN = PrivacyFacts(
     mode="none",

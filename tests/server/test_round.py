@@ -208,8 +208,9 @@ def test_a_run_that_ends_in_its_own_time_has_no_such_reason():
     assert not any(Code.BUDGETS_SPENT.label in event for event in world.events)
 
 
-def test_budgets_spent_before_any_round_end_the_run_with_the_studys_own_model(monkeypatch):
-    refusing(monkeypatch, *SPENDERS)
+@pytest.mark.parametrize("code", [Code.BUDGET_EXCEEDED, Code.BUDGET_STUDY, Code.BUDGET_PLAN])
+def test_budgets_spent_before_any_round_end_the_run_with_the_studys_own_model(monkeypatch, code):
+    refusing(monkeypatch, *SPENDERS, code=code)
     world = federation()
     world.start()
     finish(world)

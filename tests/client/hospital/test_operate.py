@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from client.budget import settle_unapproved
 from client.folders import FRESH_SECONDS, HospitalFolder, heartbeat_age
+from client.hospital import open_population
 from client.link import LinkState
 from client.operate import Operation
 from client.operate_cli import follow
-from common.errors import Code, RefusedError
+from client.privacy.ledger import Charge, Ledger, RoundId
+from common.accountant import DpEvent
+from common.errors import Code, RefusedError, StorageError
 from common.logs import open_log
-from common.world import unix_seconds
+from common.world import SystemEntropy, unix_seconds
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,6 +64,63 @@ def test_an_approval_that_is_taken_back_stays_on_record_and_nothing_runs(consort
     # By its digest, too; and a person may approve it again.
     assert plain("approve", folder, "--by", "Dr. Grey")[1]["new"]
     assert plain("withdraw", digest.hex()[:8])[0] == 0
+
+
+def _planned(consortium, steps=5, drawn=2):
+    """The hospital's ledger with an open plan of the study, and two of its steps drawn."""
+    ledger = open_population(
+        consortium.config("north"), HospitalFolder(consortium.state("north")), SystemEntropy()
+    )
+    plan = ledger.reserve_plan(
+        consortium.bundle.digest, "", [Charge("train", "train", (DpEvent(9.0, 1.0, steps),))], "s"
+    )
+    step = [Charge("train", "train", (DpEvent(9.0, 1.0, 1),))]
+    for number in range(1, drawn + 1):
+        ledger.draw_round(plan, RoundId(consortium.bundle.digest, "", number), step)
+    return ledger
+
+
+def test_a_withdrawn_study_gives_back_what_it_reserved_and_did_not_run(consortium, plain):
+    ledger = _planned(consortium)
+    folder = consortium.publish()
+    assert plain("approve", folder, "--by", "Dr. Grey")[0] == 0
+    assert ledger.events("train")[0].steps == 5
+    status, told = plain("withdraw", consortium.bundle.study.name)
+    assert (status, told["budget_given_back"]) == (0, True)
+    assert (ledger.events("train")[0].steps, ledger.open_plans()) == (2, ())
+    ledger.close()
+    assert plain("approve", folder, "--by", "Dr. Grey")[0] == 0
+    assert plain("withdraw", consortium.bundle.study.name)[1]["budget_given_back"] is False
+
+
+def test_a_ledger_that_is_held_does_not_keep_an_approval_from_being_taken_back(
+    consortium, plain, monkeypatch
+):
+    def held(*_arguments, **_options):
+        raise StorageError(Code.LEDGER_BUSY, "held")
+
+    ledger = _planned(consortium)
+    assert plain("approve", consortium.publish(), "--by", "Dr. Grey")[0] == 0
+    monkeypatch.setattr(Ledger, "settle_plan", held)
+    status, told = plain("withdraw", consortium.bundle.study.name)
+    assert (status, told["budget_given_back"]) == (0, None)
+    assert not HospitalFolder(consortium.state("north")).approved()
+    assert ledger.events("train")[0].steps == 5
+    monkeypatch.undo()
+    # The next start gives it back; a plan of an approved study stays.
+    assert settle_unapproved(ledger, HospitalFolder(consortium.state("north"))) == 1
+    assert ledger.events("train")[0].steps == 2
+    ledger.close()
+
+
+def test_the_daemon_gives_back_the_plans_of_studies_that_nobody_approves_any_more(consortium):
+    consortium.approve("north")
+    ledger = _planned(consortium)
+    ledger.reserve_plan(bytes(32), "", [Charge("train", "train", (DpEvent(9.0, 1.0, 3),))], "s")
+    host = consortium.host("north")
+    host._population()
+    assert [plan.study for plan in ledger.open_plans()] == [consortium.bundle.digest]
+    ledger.close()
 
 
 def test_what_is_not_approved_cannot_be_taken_back(consortium, plain):

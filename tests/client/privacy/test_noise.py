@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import client.privacy.noise
 from client.privacy.noise import GRID_BITS, SecureNoise, grid_of
 from client.privacy.sampling import sample_patients
 from common.world import SeededEntropy, SystemEntropy
@@ -133,3 +135,55 @@ def test_arrays_keep_their_type_and_shape():
 def test_noise_without_a_scale_is_not_added(std):
     with pytest.raises(ValueError, match="positive"):
         seeded().add_gaussian(np.zeros(3), std)
+
+
+@pytest.mark.parametrize("count", [5, 100_001])
+def test_noise_drawn_ahead_has_the_law_and_the_determinism_of_noise_drawn_now(count, monkeypatch):
+    monkeypatch.setattr(client.privacy.noise, "_PIECE", 1 << 14)
+    zeros = torch.zeros(count)
+
+    def ahead(workers: int) -> torch.Tensor:
+        monkeypatch.setattr(client.privacy.noise, "_WORKERS", workers)
+        noise = seeded()
+        noise.prefetch(count)
+        return noise.add_gaussian(zeros, 1.0)
+
+    first = ahead(1)
+    assert torch.equal(first, ahead(4))  # the key alone decides, not how threads run
+    if count > 1000:
+        assert stats.kstest(first.numpy(), "norm").pvalue > 1e-3
+        # No two pieces are alike, and none is what the stream itself goes on with.
+        pieces = first[: 6 << 14].reshape(6, -1).numpy()
+        assert np.abs(np.corrcoef(pieces) - np.eye(6)).max() < 0.05
+
+
+def test_noise_drawn_ahead_is_added_once_and_only_to_what_it_was_drawn_for():
+    noise = seeded()
+    noise.prefetch(1000)
+    other = noise.add_gaussian(torch.zeros(999), 1.0)  # not what was asked ahead
+    first = noise.add_gaussian(torch.zeros(1000), 1.0)
+    again = noise.add_gaussian(torch.zeros(1000), 1.0)
+    assert all(0.8 < float(drawn.std()) < 1.2 for drawn in (other, first, again))
+    for left, right in ((first, again), (first[:999], other)):
+        assert abs(np.corrcoef(left, right)[0, 1]) < 0.2
+    noise.prefetch(1000)
+    noise.renew()
+    assert noise._ahead is None  # what was drawn under the old key is gone
+    same = [seeded(), seeded()]
+    for one in same:
+        one.prefetch(1000)
+    assert torch.equal(*[one.add_gaussian(torch.zeros(1000), 1.0) for one in same])
+    # Control: the comparison sees noise that is added twice.
+    assert abs(np.corrcoef(first, first)[0, 1]) > 0.9
+
+
+def test_a_large_sum_is_noised_in_pieces_as_small_as_a_cache():
+    values = torch.full((1 << 20,), 3.0)
+    tracemalloc.start()
+    noised = seeded().add_gaussian(values, 2.0)
+    _, peak = tracemalloc.get_traced_memory()  # numpy's; the result itself is torch's
+    tracemalloc.stop()
+    assert peak < 4 << 20  # the normals of all values would be 8 MB
+    assert float(noised.std()) == pytest.approx(2.0, abs=0.02)
+    assert float(noised.mean()) == pytest.approx(3.0, abs=0.02)
+    assert torch.equal(values, torch.full((1 << 20,), 3.0))

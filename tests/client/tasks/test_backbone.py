@@ -148,3 +148,18 @@ def test_the_digest_covers_weights_config_and_tokenizer_but_not_the_readme(copy)
 
 def test_the_same_files_elsewhere_have_the_same_digest(tiny, copy):
     assert load_backbone(str(copy)).digest == load_backbone(str(tiny("bert"))).digest
+
+
+def test_an_equal_backbone_is_shared_until_its_folder_is_gone(copy, tmp_path, study_of):
+    twin = tmp_path / "twin"
+    shutil.copytree(copy, twin)
+    # Unlike every other test's, so that only this one is known by its digest.
+    for folder in (copy, twin):
+        config = json.loads((folder / "config.json").read_text()) | {"note": "twins"}
+        (folder / "config.json").write_text(json.dumps(config))
+    first = load_backbone(str(copy))
+    assert load_backbone(str(twin)) is first
+    shutil.rmtree(copy)
+    second = load_backbone(str(twin))
+    assert second.folder == twin
+    network_for(study_of(twin), second, torch.device("cpu"))

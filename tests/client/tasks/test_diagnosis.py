@@ -5,13 +5,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
 from client.tasks.base import owners_of
 from client.tasks.diagnosis import DiagnosisLearner
 from client.tasks.network import Plan, bare_model, network_for
 from client.tasks.text import Encoder, Reading
+from client.training import LocalTrainer, TrainingSettings
 from common.errors import Code, DataError
 from common.metrics import metric_length
+from common.tensors import Layout, TensorSpec
+from common.world import SeededEntropy
 
 CPU = torch.device("cpu")
 FAMILIES = ("bert", "sentence-bert", "roberta", "electra", "distilbert", "modernbert")
@@ -142,6 +146,35 @@ def test_sites_share_frozen_weights_and_own_their_trainable_ones(tuning, make):
     before = {name: master[name].clone() for name in chosen}
     _wake(first)
     assert all(torch.equal(master[name], before[name]) for name in chosen)
+
+
+def _updates(learners, turns):
+    """What plain trainers over `learners` give, in the order of `turns`."""
+    settings = TrainingSettings("none", 2, 2.0, 4, 0.1)
+    start = learners[0].network.initial()
+    layout = Layout(tuple(TensorSpec(name, value.shape) for name, value in start.items()))
+    trainers = [
+        LocalTrainer(learner, layout, settings, SecureNoise(SeededEntropy(f"{at}")), "cpu")
+        for at, learner in enumerate(learners)
+    ]
+    return [trainers[at].train(start, 1) for at in turns]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_sites_that_take_turns_in_one_module_train_as_if_each_had_its_own(tuning, make, notes):
+    half = len(notes) // 2
+    halves = (notes[:half], notes[half:])
+    own = [make("bert", tuning, train=part) for part in halves]
+    first = make("bert", tuning, train=halves[0])
+    second = DiagnosisLearner(
+        first.study, halves[1], (), first.backbone, device=CPU, module=first.module
+    )
+    assert second.module is first.module
+    turns = (0, 1, 0, 1)
+    for alone, shared in zip(_updates(own, turns), _updates([first, second], turns), strict=True):
+        assert np.array_equal(alone, shared)
+        assert np.abs(alone).max() > 0  # control: there was something to train
+    assert all(parameter.grad is None for parameter in first.trainable().values())
 
 
 def test_the_pooling_layer_is_layer_norm_of_the_mean_over_real_tokens(tiny, study_of):
