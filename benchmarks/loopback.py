@@ -1,10 +1,11 @@
 """A whole real federation on this machine: a coordinator and four hospital daemons, over TLS.
 
-Medical Abstracts (../shared/data), its rows divided four ways, MiniLM `head`, `local` epsilon 8.
+Medical Abstracts (../shared/data), its rows divided four ways, MiniLM `head`, epsilon 8, `local`
+or `joint`.
 One hospital is killed with -9 in mid-run and started again as a supervisor would; another one's
 line is cut for several rounds. Every step is the command that a person types.
 
-    python benchmarks/loopback.py [--rounds 30] [--keep DIR] [--json FILE]
+    python benchmarks/loopback.py [--rounds 30] [--mode local|joint] [--keep DIR] [--json FILE]
 
 Prints a line for every round: who was in the sum, how long it took; then what the coordinator and
 the hospitals say at the end. Seconds depend on the machine; the first round computes the frozen
@@ -85,7 +86,7 @@ class Federation:
             words = Join.load(self.home / f"{site}.join").words
             self.types("server", "admit", f"{site}.join", "--words", words)
 
-    def write(self, source: Path, rounds: int) -> None:
+    def write(self, source: Path, rounds: int, mode: str) -> None:
         """Every hospital's records and settings, and the study of the quality benchmark."""
         with gzip.open(source, "rt", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -103,6 +104,11 @@ class Federation:
         study = (ROOT / "configs" / "quality" / "eps8.yaml").read_text().split("simulation:")[0]
         study = study.replace("expected_batch: 311", f"expected_batch: {batch}")
         study = study.replace("rounds: 30", f"rounds: {rounds}").replace("quality-eps8", "loopback")
+        if mode == "joint":
+            # The step is the server's: what was the hospitals' rate becomes its own.
+            study = study.replace("  optimizer: {name: sgd, learning_rate: 2.0}\n", "")
+            study = study.replace("momentum: 0.8}", "momentum: 0.8, learning_rate: 2.0}")
+            study = study.replace("mode: local", "mode: joint")
         sites = ", ".join(f"{{id: {site}}}" for site in SITES)
         (self.home / "study.yaml").write_text(f"{study}sites: [{sites}]\ndeadlines: {DEADLINES}")
 
@@ -183,6 +189,7 @@ def show(federation: Federation) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--mode", choices=("local", "joint"), default="local")
     parser.add_argument("--port", type=int, default=34443)
     parser.add_argument("--keep", type=Path, default=None, help="where everything is left")
     parser.add_argument("--json", type=Path, default=None)
@@ -197,7 +204,7 @@ def main() -> int:
         home.mkdir(parents=True, exist_ok=True)
         federation = Federation(home, options.port)
         federation.enrol()
-        federation.write(source, options.rounds)
+        federation.write(source, options.rounds, options.mode)
         federation.agree()
         began = time.monotonic()
         try:

@@ -7,6 +7,7 @@ results per site, and what each hospital would reach alone.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -103,6 +104,16 @@ class Federation:
     def patients(self) -> dict[str, int]:
         """Patients by site."""
         return {site: len({r.patient for r in rows}) for site, rows in self._records.items()}
+
+    @property
+    def crowded(self) -> dict[str, int]:
+        """Patients with more notes than the study reads, by site; sites without any left out."""
+        if self.study.task.kind != "diagnosis":
+            return {}
+        most = self.study.diagnosis.max_notes
+        notes = {site: Counter(r.patient for r in rows) for site, rows in self._records.items()}
+        found = {site: sum(n > most for n in counts.values()) for site, counts in notes.items()}
+        return {site: count for site, count in found.items() if count}
 
     def build_bundle(self) -> Bundle:
         """The study's bundle; `engine` then says what computes clipped sums.

@@ -232,6 +232,7 @@ def plan(
     backbone_parameters: int = 0,
     cost: CostModel | None = None,
     engine: str = "",
+    crowded: Mapping[str, int] | None = None,
 ) -> Plan:
     """What `study` will do with a model of `parameters` trainable parameters.
 
@@ -243,6 +244,7 @@ def plan(
         backbone_parameters: parameters of the frozen part, for the seconds.
         cost: another cost model.
         engine: what computes clipped sums, and why, where the model was built.
+        crowded: patients with more notes than the study reads, by hospital.
 
     Raises:
         ConfigError: no noise reaches the study's epsilon, or its hospitals are not known.
@@ -281,8 +283,9 @@ def plan(
         seconds_training=seconds[0],
         seconds_masking=seconds[1],
         seconds_network=(up + down + 2 * vector) / cost.link_bytes,
-        warnings=tuple(
-            _warnings(study, parties - quorum, training, evaluation, counts, joint),
+        warnings=(
+            *_warnings(study, parties - quorum, training, evaluation, counts, joint),
+            *_crowded(study, {} if crowded is None else crowded),
         ),
         statistics=statistics,
         joint=joint,
@@ -527,6 +530,13 @@ def _warnings(
         )
     found.extend(_gate_warnings(study, evaluation))
     return found
+
+
+def _crowded(study: Study, crowded: Mapping[str, int]) -> list[str]:
+    if not crowded:
+        return []
+    shown = ", ".join(f"{site} ({count})" for site, count in sorted(crowded.items()))
+    return [f"patients with more than {study.diagnosis.max_notes} notes, the rest unread: {shown}"]
 
 
 # The bar is the best of many noised scores: of 100 of them about 2.5 deviations too high.

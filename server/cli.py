@@ -257,16 +257,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         study = load(arguments.study, Study)
         simulated = study.simulation is not None
         parameters = arguments.parameters
-        patients, engine = {}, ""
+        patients, crowded, engine = {}, {}, ""
         if simulated or parameters is None:
             holdings = _read(study, arguments.study) if simulated else None
             from server.simulate import preview
 
             found = preview(study, arguments.study, parameters, holdings)
-            study, parameters, patients, engine = found
+            study, parameters, patients = found.study, found.parameters, found.patients
+            engine, crowded = found.engine, found.crowded
         from common.plan import plan
 
-        planned = plan(study, parameters, patients=patients, cost=_cost(arguments), engine=engine)
+        planned = plan(
+            study,
+            parameters,
+            patients=patients,
+            cost=_cost(arguments),
+            engine=engine,
+            crowded=crowded,
+        )
         verb = "simulate" if simulated else "study build"
         following = f"wardround {verb} {arguments.study}"
     from common.modes import compare, render_comparison

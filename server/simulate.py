@@ -808,19 +808,36 @@ def prepare_demo(out: Path) -> tuple[Path, Study]:
     return config, load(config, Study)
 
 
-def preview(
-    study: Study, path: Path, parameters: int | None, holdings: Holdings | None
-) -> tuple[Study, int, dict[str, int], str]:
-    """(study, trainable parameters, patients by site, engine) for a plan before anything is built.
+@dataclass(frozen=True)
+class Preview:
+    """A study with its sites, and what is known of its model and its patients.
+
+    Attributes:
+        parameters: trainable ones.
+        patients: by site; empty where nobody's data were read.
+        crowded: those with more notes than the study reads, by site.
+        engine: what computes clipped sums, and why, where the model was built.
+    """
+
+    study: Study
+    parameters: int
+    patients: dict[str, int]
+    crowded: dict[str, int]
+    engine: str
+
+
+def preview(study: Study, path: Path, parameters: int | None, holdings: Holdings | None) -> Preview:
+    """What a plan needs, before anything is built.
 
     A simulation's data were read (`server.records`), so patients are known; the model is built
     for its size where `parameters` does not say it.
     """
     patients: dict[str, int] = {}
+    crowded: dict[str, int] = {}
     engine = ""
     if holdings is not None:
         federation = open_federation(study, path, device="cpu", holdings=holdings)
-        study, patients = federation.study, federation.patients
+        study, patients, crowded = federation.study, federation.patients, federation.crowded
     if parameters is None:
         parameters, engine = built_parameters(study)
-    return study, parameters, patients, engine
+    return Preview(study, parameters, patients, crowded, engine)

@@ -340,3 +340,9 @@ def test_the_rendered_plan_says_against_whom_joint_noise_holds():
     assert "the coordinator with 3 of 10 hospitals" in text
     assert "the coordinator with all 9 other hospitals" in text
     assert "each hospital's own noise" in render(plan(study(), 1925))
+
+
+def test_patients_with_more_notes_than_are_read_are_told_by_hospital():
+    many = plan(study(), 1925, patients=PATIENTS, crowded={"site-03": 2, "site-01": 1}).warnings
+    assert many[-1] == "patients with more than 64 notes, the rest unread: site-01 (1), site-03 (2)"
+    assert not [w for w in plan(study(), 1925, patients=PATIENTS).warnings if "unread" in w]
