@@ -43,6 +43,7 @@ from common.ids import short
 from common.integrity import code_digest
 from common.ports import Entropy, Tensors, Trainer
 from common.statistics import DEVIATION, MEAN
+from common.strategy import released
 from common.world import SystemEntropy
 
 __all__ = ["PACKAGES", "TrainerProcess", "TrainerTask", "serve"]
@@ -54,7 +55,7 @@ COMMAND: Final = (sys.executable, "-P", "-m", "client.trainer")
 MAX_HEADER: Final = 1 << 23
 _HEAD: Final = struct.Struct(">4sIQ")
 _MAGIC: Final = b"WRT1"
-_KINDS: Final = frozenset({"<f4", "<i8"})
+_KINDS: Final = frozenset({"<f4", "<i4", "<i8"})
 _TICK_MS: Final = 200
 _PIPE_BYTES: Final = 1 << 20
 _LOG_BYTES: Final = 1 << 20
@@ -280,7 +281,9 @@ class TrainerProcess:
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state`, (m,) int64. Raises as `ready`."""
-        return _shaped(self._work("measure", self._seen(state), round=round_number), np.int64)
+        # The child is given the model alone: which one is released is settled here.
+        seen = self._seen(released(state))
+        return _shaped(self._work("measure", seen, round=round_number), np.int64)
 
     def statistics(self) -> NDArray[np.int64]:
         """The statistic words, (s,) int64. Raises as `ready`."""

@@ -50,6 +50,11 @@ def folder(tmp_path_factory, bundle_of):
         | dict.fromkeys(("epsilon", "delta", "clip_norm", "statistics_epsilon"))
     )
     plain.save(home / "plain")
+    step = {"local_steps": 1, "optimizer": {}, "expected_batch": 12, "sampling_rate": 0.5}
+    joint = bundle_of(
+        privacy={"mode": "joint"}, training=step, aggregation={"average": 0.9, "ring_bits": None}
+    )
+    joint.save(home / "joint")
     return home
 
 
@@ -111,6 +116,25 @@ def test_the_child_gives_the_numbers_of_a_trainer_in_this_process(task_of, child
     assert update.dtype == np.float32
     assert np.array_equal(update, near.train(state, 1))
     assert far.starts == 1
+
+
+def test_the_child_gives_joint_words_and_measures_the_average(task_of, child, local):
+    from common.world import SeededEntropy
+
+    task = task_of("joint")
+    far = child(task, command=(sys.executable, "-c", SEEDED))
+    near = local(task, SeededEntropy("noise"))
+    state = {**task.bundle.optimizer().initial(task.bundle.initial), **state_of(task.bundle)}
+    moved = {n: v + 1 for n, v in state.items() if n.startswith("optimizer/average/")}
+    assert moved
+    assert np.array_equal(far.statistics(), near.statistics())
+    words = far.train(state, 1)
+    assert words.dtype == np.int32
+    assert np.array_equal(words, near.train(state, 1))
+    last = far.measure(state, 1)
+    assert np.array_equal(last, near.measure(state, 1))
+    average = far.measure({**state, **moved}, 1)
+    assert np.array_equal(average, near.measure({**state, **moved}, 1))
 
 
 def test_a_real_child_draws_its_own_noise_and_stays_warm(task_of, child, tmp_path):
@@ -233,6 +257,7 @@ def test_arrays_arrive_as_they_left_and_are_views_of_one_buffer(pipe):
         "b": np.zeros(0, np.float32),
         "c": np.float32(4.0).reshape(()),
         "d": np.arange(5, dtype=np.int64)[::-1],
+        "e": np.arange(-3, 4, dtype=np.int32),
     }
     channel.send({"verb": "train", "round": 7}, sent)
     header, found = channel.receive()
