@@ -395,8 +395,11 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
             evidence = _Told(evidence, setup.watch)
         worker = HospitalWorker(setup, ledger)
         terms = setup.bundle.terms(setup.roster)
+        terms = replace(terms, initial=setup.keep(terms.initial))
+        if setup.journals is None:  # alone in its process: nobody else begins from the same state
+            setup.bundle.forget_start()
         machine = SiteRound(
-            replace(terms, initial=setup.keep(terms.initial)),
+            terms,
             setup.site,
             key,
             setup.entropy,

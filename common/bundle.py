@@ -110,6 +110,10 @@ class Bundle:
             value.setflags(write=False)
         return state
 
+    def forget_start(self) -> None:
+        """Free the state before the first round: for a party that keeps its terms in files."""
+        self.__dict__.pop("_start", None)
+
     def joint_noise(self) -> JointNoise | None:
         """The grid and the noise shares of a joint study; None with any other mode.
 

@@ -252,6 +252,8 @@ class CoordinatorRun:
         del published
         terms = self.bundle.terms(self.keys)
         self.terms = replace(terms, initial=keep(terms.initial))
+        # What the terms were made from is in memory only for a simulation's many parties.
+        self.bundle.forget_start()
         self.tap = WireTap(self.terms.upload_bytes(), folder.wire)
         self._history = History(folder.history)
         digest = write_keys(folder.audit, {**self.keys, COORDINATOR: key.public})
