@@ -17,8 +17,8 @@ Rows: epsilon inf, 8, 3 and 1 at delta 1e-5. Columns:
              in this process with torch and Opacus, without Flower's networking
 Joint and local are whole simulations: secure sum, masks, integer noise, ledger, audit.
 
-All settings are those of configs/quality/accuracy_at_epsilon.yaml, frozen before the test set
-was read. Tables: `medical-abstracts` (10 hospitals, at random) and `eicu` (hospitals of the eICU
+All settings are those of accuracy_at_epsilon.yaml beside this file, frozen before the test set was
+read. Tables: `medical-abstracts` (10 hospitals, at random) and `eicu` (hospitals of the eICU
 demo grouped by region and size; patients with their stays). Data: ../shared/data, or the folder
 in WARDROUND_DATA. Features are computed once; --cache keeps them for the next run.
 """
@@ -51,23 +51,26 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from quality import Outcome, central, cpu_seconds, data_folder, federated, frozen_at, write_test
+from quality import (
+    Outcome,
+    central,
+    cpu_seconds,
+    data_folder,
+    federated,
+    frozen_at,
+    measured,
+    write_test,
+)
 from torch.nn import functional
 
 from client.devices import choose_device
 from client.federation import Federation, build_learner
-from client.privacy.noise import SecureNoise
 from client.tasks.diagnosis import DiagnosisLearner
-from client.training import LocalTrainer, TrainingSettings
 from common.accountant import solve_noise_multiplier
 from common.config import load
-from common.metrics import metrics_from_words
-from common.strategy import model_tensors
 from common.study import Study
-from common.world import SeededEntropy
 
-ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ROOT / "configs" / "quality" / "accuracy_at_epsilon.yaml"
+SETTINGS = Path(__file__).with_suffix(".yaml")
 EPSILONS = (math.inf, 8.0, 3.0, 1.0)
 COLUMNS = ("central", "joint-c1", "joint-c3", "local", "flower")
 HELD_OUT = 0.2
@@ -260,49 +263,6 @@ def sigma_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     return solve_noise_multiplier(epsilon, delta, sampling_rate=rate, steps=steps)
 
 
-# ---------------------------------------------------------------------- columns of our own
-
-
-def central_private(config: Path, seed: int, *, epsilon: float, delta: float) -> Outcome:
-    """DP-SGD with all records at one place: one full step a round, and the same optimiser."""
-    federation = Federation(load(config, Study), config, device="cpu")
-    study, bundle = federation.study, federation.build_bundle()
-    parts = [federation.divide(site, None) for site in federation.sites]
-    train = [record for part in parts for record in part.train]
-    held_out = [record for part in parts for record in part.held_out]
-    learner = build_learner(study, train, held_out, choose_device("cpu"))
-    rounds = study.training.rounds
-    sigma = sigma_for(epsilon, delta, study.training.sampling_rate, rounds)
-    settings = TrainingSettings.from_study(study, noise_multiplier=sigma, evaluation_noise=None)
-    whole = replace(settings, expected_batch=settings.expected_batch * len(parts))
-    noise = SecureNoise(SeededEntropy(f"central {seed}"))
-    trainer = LocalTrainer(learner, bundle.layout, whole, noise, "cpu")
-    optimizer = bundle.optimizer()
-    state = optimizer.initial(bundle.initial)
-    for number in range(1, rounds + 1):
-        update = np.asarray(trainer.train(model_tensors(state), number), np.float32)
-        state = optimizer.apply(state, bundle.layout.unflatten(update))
-    weights = model_tensors(state)
-    with torch.no_grad():
-        for name, parameter in learner.trainable().items():
-            parameter.copy_(torch.from_numpy(weights[name]))
-    accuracy, f1 = _measured(study, learner.measure())
-    return Outcome(
-        seed, accuracy, f1, learner.held_out_count(), epsilon, sigma, rounds, verified=True
-    )
-
-
-def _measured(study: Study, counts: NDArray[np.float64]) -> tuple[float, float]:
-    """(accuracy, macro-F1) of an exact metric vector."""
-    from common.metrics import words_from_counts
-
-    words = words_from_counts(counts)
-    metrics = metrics_from_words(words, study.task.labels, loss_cap=study.evaluation.loss_cap)
-    assert metrics.accuracy is not None
-    assert metrics.macro_f1 is not None
-    return metrics.accuracy, metrics.macro_f1
-
-
 def flower(config: Path, seed: int, table: Table, *, epsilon: float, quick: bool) -> Outcome:
     """Flower's opacus example, with noise for the epsilon of all rounds together.
 
@@ -340,7 +300,7 @@ def flower(config: Path, seed: int, table: Table, *, epsilon: float, quick: bool
             for parameter in learner.trainable().values():
                 parameter.copy_(weights[0] if parameter.ndim > 1 else weights[1])
         counts += learner.measure()
-    accuracy, f1 = _measured(study, counts)
+    accuracy, f1 = measured(study, counts)
     patients = sum(learner.held_out_count() for learner in learners)
     spent = None if math.isinf(epsilon) else epsilon
     return Outcome(
@@ -418,8 +378,9 @@ def measure_cell(
         elif math.isinf(epsilon):
             outcomes.append(central(config, seed))
         else:
-            delta = table["delta"]
-            outcomes.append(central_private(config, seed, epsilon=epsilon, delta=delta))
+            rounds = document["training"]["rounds"]
+            sigma = sigma_for(epsilon, table["delta"], 1.0, rounds)
+            outcomes.append(central(config, seed, noise_multiplier=sigma, epsilon=epsilon))
     return Cell(epsilon, column, tuple(outcomes), cpu_seconds() - began)
 
 
@@ -503,7 +464,7 @@ def main() -> int:
     if not needed.is_file():
         print(f"skipped: there is no {needed}")
         return 0
-    commit = None if validate else frozen_at()
+    commit = None if validate else frozen_at(SETTINGS)
     torch.set_num_threads(1)
     # Opacus tells that its generator is none for production; the example's is not either.
     warnings.filterwarnings("ignore", module="opacus")

@@ -35,7 +35,9 @@ from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client.devices import choose_device
 from client.federation import Federation, build_learner
@@ -43,8 +45,8 @@ from client.privacy.noise import SecureNoise
 from client.tasks.diagnosis import DiagnosisLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.config import load
-from common.metrics import metrics_from_words
-from common.strategy import model_tensors
+from common.metrics import metrics_from_words, words_from_counts
+from common.strategy import model_tensors, released
 from common.study import Study
 from common.world import SeededEntropy
 from server.simulate import simulate
@@ -112,18 +114,18 @@ def features_kept() -> Iterator[None]:
         yield
 
 
-def frozen_at() -> str | None:
-    """The commit that holds the frozen settings as they are; None where there is no checkout.
+def frozen_at(settings: Path) -> str | None:
+    """The commit that holds these settings as they are; None where there is no checkout.
 
     The test set is measured for committed settings alone: whoever changed one would have seen it.
     """
-    asked = ["git", "-C", str(ROOT), "status", "--porcelain", "--", str(FROZEN)]
+    asked = ["git", "-C", str(ROOT), "status", "--porcelain", "--", str(settings)]
     status = subprocess.run(asked, capture_output=True, text=True, check=False)
     if status.returncode:
         return None
     if status.stdout:
-        sys.exit("configs/quality has changes that are not committed: the test set stays closed")
-    asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h of %cI", "--", str(FROZEN)]
+        sys.exit(f"{settings} has changes that are not committed: the test set stays closed")
+    asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h of %cI", "--", str(settings)]
     return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -170,37 +172,54 @@ def federated(study: Path, out: Path, seed: int) -> Outcome:
     )
 
 
-def central(config: Path, seed: int) -> Outcome:
-    """The same recipe with all records at one place, measured on the same patients."""
+def central(
+    config: Path, seed: int, *, noise_multiplier: float | None = None, epsilon: float | None = None
+) -> Outcome:
+    """The study's recipe with all records at one place, measured exactly on the same patients.
+
+    A noise multiplier makes it DP-SGD, of the epsilon that is told.
+    """
     federation = Federation(load(config, Study), config, device="cpu")
     study, bundle = federation.study, federation.build_bundle()
     parts = [federation.divide(site, None) for site in federation.sites]
     train = [record for part in parts for record in part.train]
     held_out = [record for part in parts for record in part.held_out]
     learner = build_learner(study, train, held_out, choose_device("cpu"))
-    settings = TrainingSettings.from_study(study, noise_multiplier=None, evaluation_noise=None)
+    settings = TrainingSettings.from_study(
+        study, noise_multiplier=noise_multiplier, evaluation_noise=None
+    )
     whole = replace(settings, expected_batch=settings.expected_batch * len(parts))
     noise = SecureNoise(SeededEntropy(f"central {seed}"))
     trainer = LocalTrainer(learner, bundle.layout, whole, noise, "cpu")
     optimizer = bundle.optimizer()
     state = optimizer.initial(bundle.initial)
     for number in range(1, study.training.rounds + 1):
-        update = trainer.train(model_tensors(state), number)
+        update = np.asarray(trainer.train(model_tensors(state), number), np.float32)
         state = optimizer.apply(state, bundle.layout.unflatten(update))
-    counts = trainer.measure(model_tensors(state), 0)
-    metrics = metrics_from_words(counts, study.task.labels, loss_cap=study.evaluation.loss_cap)
-    assert metrics.accuracy is not None
-    assert metrics.macro_f1 is not None
+    weights = released(state)
+    with torch.no_grad():
+        for name, parameter in learner.trainable().items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    accuracy, f1 = measured(study, learner.measure())
     return Outcome(
         seed,
-        metrics.accuracy,
-        metrics.macro_f1,
+        accuracy,
+        f1,
         learner.held_out_count(),
-        None,
-        None,
+        epsilon,
+        noise_multiplier,
         study.training.rounds,
         verified=True,
     )
+
+
+def measured(study: Study, counts: NDArray[np.float64]) -> tuple[float, float]:
+    """(accuracy, macro-F1) of an exact metric vector."""
+    words = words_from_counts(counts)
+    metrics = metrics_from_words(words, study.task.labels, loss_cap=study.evaluation.loss_cap)
+    assert metrics.accuracy is not None
+    assert metrics.macro_f1 is not None
+    return metrics.accuracy, metrics.macro_f1
 
 
 def cpu_seconds() -> float:
@@ -275,7 +294,7 @@ def main() -> int:
     if absent:
         print(f"skipped: {source} has no {' and no '.join(absent)}")
         return 0
-    commit = None if options.validate else frozen_at()
+    commit = None if options.validate else frozen_at(FROZEN)
     torch.set_num_threads(1)
     studies = options.studies or [FROZEN / f"{name}.yaml" for name in ("none", "eps8", "eps3")]
     began = time.monotonic()
