@@ -102,7 +102,7 @@ def test_under_differential_privacy_the_gate_holds_too(play, poisoning, attack):
     assert on.accuracy >= 0.75
     bundle = Bundle.load(on.folder / "state" / "bundle")
     counts = dict.fromkeys(poisoning.HOSPITALS, poisoning.PATIENTS)
-    noise = plan(bundle.study, bundle.layout.size, patients=counts).evaluation.accuracy_noise
+    noise = plan(bundle.study, bundle.layout.size, patients=counts).evaluation.score_noise
     assert 0 < 5 * noise <= poisoning.TOLERANCE
 
 
