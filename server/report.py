@@ -603,7 +603,8 @@ def _card_head(result: RunResult) -> str:
 
 def _card_tags(result: RunResult) -> list[str]:
     if result.task == "tabular":
-        return ["library_name: wardround", "pipeline_tag: tabular-classification"]
+        kind = "classification" if result.labels else "regression"
+        return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 
