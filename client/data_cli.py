@@ -1,0 +1,184 @@
+"""The hospital's verbs about its records; heavy imports happen in `run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from common.cli import Command, CommandError, emit_json, say, table
+from common.errors import Code
+
+if TYPE_CHECKING:
+    from client.data.profile import Profile
+    from client.data.tables import TableColumns
+    from common.study import Study
+
+DEFAULT_CONFIG: Final = Path("site.yaml")
+_FAILED: Final = 1
+
+
+def _configure_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="study.yaml, or a bundle folder")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="CSV, NDJSON or Parquet; without: the files of --config, of the study's simulation, "
+        "or of site.yaml here",
+    )
+    parser.add_argument("--config", type=Path, default=None, help="the hospital's site.yaml")
+    parser.add_argument("--patient", default=None, help="own name of the patient's column")
+    parser.add_argument("--text", default=None, help="own name of the notes' column")
+    parser.add_argument("--label", default=None, help="own name of the label's column")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from client.data.profile import profile_tables, schema_of, tokenizer_of
+
+    study = _study(arguments.study)
+    files, columns = _source(arguments, study)
+    columns = replace(
+        columns,
+        patient=arguments.patient or columns.patient,
+        text=(arguments.text or columns.text) if columns.text is not None else None,
+        label=(arguments.label or columns.label) if columns.label is not None else None,
+    )
+    tokens = None if study.model is None else tokenizer_of(study.model.backbone)
+    with _progress(quiet=arguments.json) as tick:
+        found = profile_tables(files, columns, schema_of(study), tokens=tokens, tick=tick)
+    if arguments.json:
+        emit_json({"study": study.name, "files": [str(file) for file in files], **found.to_json()})
+    else:
+        _say(found)
+        say(f"next: {_next(arguments, found)}")
+    return 0 if found.usable else _FAILED
+
+
+def _study(path: Path) -> Study:
+    from common.bundle import STUDY_FILE, Bundle
+    from common.config import load
+    from common.study import Study
+
+    if (path / STUDY_FILE).is_file():
+        return Bundle.load(path).study
+    return load(path, Study)
+
+
+def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], TableColumns]:
+    """The files, and the columns by their names there."""
+    from client.holdings import table_columns
+
+    if arguments.files:
+        return list(arguments.files), table_columns(study)
+    config = arguments.config
+    simulation = study.simulation
+    if config is None and simulation is not None:
+        folder = arguments.study.parent
+        names = (*simulation.data.files, *simulation.data.test_files)
+        columns = table_columns(study, site=simulation.split.column)
+        return [(folder / name).resolve() for name in names], columns
+    if config is None and not DEFAULT_CONFIG.exists():
+        raise CommandError(
+            Code.USAGE,
+            "wardround client data check: there is no site.yaml here; name files, or --config.",
+            remedy="Type `wardround client data check STUDY.yaml FILE`, or add --config site.yaml.",
+        )
+    from client.config import SiteConfig
+    from client.local import local_files
+    from common.config import load
+
+    config = config or DEFAULT_CONFIG
+    local = local_files(load(config, SiteConfig), config)
+    return list(local.files), local.columns(study)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A running count on a terminal; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    shown = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.completed:,.0f} records"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with shown:
+        task = shown.add_task("", total=None)
+        yield lambda count: shown.update(task, completed=count)
+
+
+# -------------------------------------------------------------------------------- showing
+
+
+def _say(found: Profile) -> None:
+    say(f"records   {found.records}")
+    say(f"patients  {found.patients}{f' at {found.sites} sites' if found.sites else ''}")
+    if found.names:
+        say(f"columns   {', '.join(found.names)}")
+    _pairs("records of a patient", "patients", found.records_per_patient)
+    _pairs("label", "patients", found.labels)
+    if found.columns:
+        say()
+        rows = [
+            (c.name, f"{c.low:g} to {c.high:g}", c.values, c.missing, c.below, c.above)
+            for c in found.columns
+        ]
+        table(["number", "bounds", "values", "missing", "below", "above"], rows)
+    if found.lengths:
+        say()
+        told = ", ".join(f"{length} in {share}" for share, length in found.lengths.items())
+        say(f"at most {told} of the texts ({found.length_unit})")
+        if found.longer:
+            say(f"longer than the model reads: {found.longer}")
+    say()
+    say(f"records that come again: {found.duplicates}; alike under several ids: {found.shared}")
+    _pairs("what looks personal in texts", "texts", found.personal)
+    _pairs("left out", "count", found.left_out)
+    say()
+    faults = [fix.message for fix in found.fixes if fix.kind == "fault"]
+    warnings = [fix.message for fix in found.fixes if fix.kind == "warning"]
+    for title, messages in (("to put right", faults), ("to look at", warnings)):
+        if messages:
+            say(f"{len(messages)} {title}:")
+            for message in messages:
+                say(f"  {message}")
+    if not found.fixes:
+        say("nothing to put right")
+
+
+def _pairs(first: str, second: str, pairs: Mapping[str, str]) -> None:
+    if pairs:
+        say()
+        table([first, second], list(pairs.items()))
+
+
+def _next(arguments: argparse.Namespace, found: Profile) -> str:
+    if not found.usable:
+        return "put it right, and check again"
+    return (
+        f"wardround check {arguments.study}"
+        if arguments.study.is_file()
+        else (f"wardround client review {arguments.study}")
+    )
+
+
+COMMANDS: Final = [
+    Command(
+        "client data check",
+        "say what the records hold, and what in them does not fit a study",
+        _configure_check,
+        _check,
+    ),
+]
