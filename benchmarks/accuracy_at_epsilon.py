@@ -283,7 +283,7 @@ def flower(config: Path, seed: int, table: Table, *, epsilon: float, quick: bool
         batches = math.ceil(len(features) / recipe["batch"])
         if not math.isinf(epsilon):
             sigmas.append(sigma_for(epsilon, table["delta"], 1 / batches, rounds * batches))
-    linear = torch.nn.Linear(sites[0][0].shape[1], len(study.task.labels))
+    linear = torch.nn.Linear(sites[0][0].shape[1], len(study.labels))
     weights = [torch.zeros_like(p) for p in linear.parameters()]
     total = sum(len(features) for features, _ in sites)
     for _ in range(rounds):
@@ -294,7 +294,7 @@ def flower(config: Path, seed: int, table: Table, *, epsilon: float, quick: bool
             for own, value in zip(mean, trained, strict=True):
                 own.add_(value, alpha=len(features) / total)
         weights = mean
-    counts = np.zeros(len(study.task.labels) ** 2 + 1)
+    counts = np.zeros(len(study.labels) ** 2 + 1)
     for learner in learners:
         with torch.no_grad():
             for parameter in learner.trainable().values():

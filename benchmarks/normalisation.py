@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from client.data.records import Record
 from client.privacy.noise import SecureNoise
-from client.tasks.tabular import TabularLearner, initial_tensors
+from client.tasks import tabular
+from client.tasks.rows import NormalisedRowsLearner, initial_tensors, rows_learner
 from client.training import LocalTrainer, TrainingSettings
 from common.accountant import solve_noise_multiplier
 from common.statistics import STATISTIC_SCALE, StatisticsLayout
@@ -93,7 +94,7 @@ def study() -> Study:
     )
 
 
-def learners(folder: Path, seed: int) -> dict[str, TabularLearner]:
+def learners(folder: Path, seed: int) -> dict[str, NormalisedRowsLearner]:
     """Every hospital's learner; the seed chooses test patients and nothing else."""
     stream = np.random.default_rng(seed)
     made = {}
@@ -101,14 +102,14 @@ def learners(folder: Path, seed: int) -> dict[str, TabularLearner]:
         rows = records(folder, hospital)
         order = [rows[int(at)] for at in stream.permutation(len(rows))]
         cut = math.ceil(len(rows) * 0.66)
-        made[hospital] = TabularLearner(
-            study(), order[:cut], order[cut:], device=torch.device("cpu")
+        made[hospital] = rows_learner(
+            tabular, study(), order[:cut], order[cut:], device=torch.device("cpu")
         )
     return made
 
 
 def statistics(
-    way: str, sites: dict[str, TabularLearner], seed: int, epsilon: float
+    way: str, sites: dict[str, NormalisedRowsLearner], seed: int, epsilon: float
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     """Mean and deviation that each hospital normalises by."""
     layout = StatisticsLayout(len(INPUTS))
@@ -134,7 +135,7 @@ def statistics(
 def run(way: str, folder: Path, seed: int, rounds: int, epsilon: float) -> dict[str, float]:
     """Accuracy after federated averaging, each hospital weighing alike."""
     sites = learners(folder, seed)
-    initial = initial_tensors(study().tabular)
+    initial = initial_tensors(tabular, study().task)
     layout = Layout.of(initial)
     settings = TrainingSettings(
         mode="none",

@@ -45,7 +45,7 @@ from client.privacy.noise import SecureNoise
 from client.tasks.diagnosis import DiagnosisLearner
 from client.training import LocalTrainer, TrainingSettings
 from common.config import load
-from common.metrics import metrics_from_words, words_from_counts
+from common.metrics import scoring_of, words_from_counts
 from common.strategy import model_tensors, released
 from common.study import Study
 from common.world import SeededEntropy
@@ -216,10 +216,10 @@ def central(
 def measured(study: Study, counts: NDArray[np.float64]) -> tuple[float, float]:
     """(accuracy, macro-F1) of an exact metric vector."""
     words = words_from_counts(counts)
-    metrics = metrics_from_words(words, study.task.labels, loss_cap=study.evaluation.loss_cap)
-    assert metrics.accuracy is not None
-    assert metrics.macro_f1 is not None
-    return metrics.accuracy, metrics.macro_f1
+    accuracy, f1 = scoring_of(study).read(words).scores.values()
+    assert accuracy is not None
+    assert f1 is not None
+    return accuracy, f1
 
 
 def cpu_seconds() -> float:

@@ -56,7 +56,7 @@ from common.crypto.seal import Vault
 from common.errors import Code
 from common.evidence import AuditEvidence
 from common.keys import secret_file
-from common.metrics import metric_length
+from common.metrics import ClassScoring
 from common.protocol.terms import Terms
 from common.protocol.transcript import Chain
 from common.protocol.wire import Witness
@@ -106,9 +106,10 @@ class RowsLearner:
         return losses
 
     def measure(self) -> NDArray[np.float64]:
-        return np.zeros(metric_length(LABELS))
+        return np.zeros(WORDS)
 
 
+WORDS = ClassScoring(tuple(map(str, range(LABELS))), 8.0).length
 SETTINGS = TrainingSettings(
     mode="none",
     local_steps=ROWS // BATCH,
@@ -134,7 +135,7 @@ class Worker:
         )
         self._ledger.begin(reservation)
         update = self._trainer.train(request.state, request.round) if request.trains else None
-        metrics = np.zeros(metric_length(LABELS), np.int64) if request.measures else None
+        metrics = np.zeros(WORDS, np.int64) if request.measures else None
         return Worked(update, metrics, Witness(self._ledger.counter, self._ledger.head))
 
     def release(self, round_number: int) -> None:
@@ -198,7 +199,7 @@ def terms_of(keys: dict[str, SiteKey], rounds: int) -> Terms:
         weights=dict.fromkeys(keys, 1.0),
         layout=layout,
         ring_bits=24,
-        metric_words=metric_length(LABELS),
+        metric_words=WORDS,
         initial=optimizer.initial(initial),
         exponents=tuple(exponents[s.name] for s in layout.specs),
         optimizer=optimizer,

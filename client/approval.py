@@ -21,8 +21,8 @@ from common.config import Frozen, load
 from common.crypto import labels
 from common.crypto.identity import SiteKey, verify
 from common.errors import Code, ConfigError, RefusedError
+from common.fields import Name, Text
 from common.ids import short
-from common.study import Name, Text
 from common.world import write_durably
 
 __all__ = ["FORMAT", "Approval", "StudyFacts", "approve", "objections"]

@@ -23,7 +23,7 @@ class BuiltModel:
 
     Guarantee: the same study and backbone files give the same bytes on every machine; no secret
     random number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON,
-    or, for numbers, the description of the network; its digest then stands for the backbone's.
+    or the description of a task's own network; its digest then stands for the backbone's.
     `engine` says what computes clipped sums, and why; empty without a privacy mode.
     """
 
@@ -39,7 +39,7 @@ class BuiltModel:
 
 
 def build_model(study: Study) -> BuiltModel:
-    """Resolve a study's backbone and tuning, or its perceptron, into tensors.
+    """Resolve a study's backbone and tuning, or its task's own network, into tensors.
 
     Under a privacy mode the network is admitted first, on public records: what no hospital could
     train is refused here, not in the first round.
@@ -49,11 +49,13 @@ def build_model(study: Study) -> BuiltModel:
         RefusedError: its patients' gradients cannot be told apart.
     """
     if study.model is None:
-        from client.tasks.tabular import architecture, initial_tensors
+        from client.tasks.kinds import code_of
+        from client.tasks.rows import initial_tensors
 
-        engine = _admit_numbers(study) if study.privacy.mode != "none" else ""
-        known, description = architecture(study.tabular)
-        return BuiltModel(initial_tensors(study.tabular), known, description, engine)
+        code = code_of(study.task)
+        engine = _admit_rows(study) if study.privacy.mode != "none" else ""
+        known, description = code.architecture(study.task)
+        return BuiltModel(initial_tensors(code, study.task), known, description, engine)
     import torch
 
     from client.tasks.backbone import load_backbone
@@ -73,13 +75,15 @@ def build_model(study: Study) -> BuiltModel:
     )
 
 
-def _admit_numbers(study: Study) -> str:
+def _admit_rows(study: Study) -> str:
     import torch
 
     from client.privacy.admission import admit
-    from client.tasks.tabular import probe_of
+    from client.tasks.kinds import code_of
+    from client.tasks.rows import probe_of
 
-    return admit(probe_of(study, torch.device("cpu")), kind=study.privacy.engine)
+    probe = probe_of(code_of(study.task), study, torch.device("cpu"))
+    return admit(probe, kind=study.privacy.engine)
 
 
 def _admit_notes(study: Study, backbone: Backbone) -> str:

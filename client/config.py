@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from common.address import split_address
 from common.config import Frozen, Rules, beside
-from common.study import MAX_SITES, MIN_SITES, FilePath, Listed, Name, Text
+from common.fields import FilePath, Listed, Name, Text
+from common.study import MAX_SITES, MIN_SITES
 
 __all__ = [
     "FORMAT",

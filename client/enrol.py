@@ -25,6 +25,7 @@ from common.address import Address
 from common.config import Frozen
 from common.crypto.identity import SiteKey
 from common.errors import Code, ConfigError, StorageError
+from common.fields import Name, Text
 from common.invite import (
     HexKey,
     Invite,
@@ -37,7 +38,6 @@ from common.invite import (
 )
 from common.keys import key_file, secret_file
 from common.ports import Entropy
-from common.study import Name, Text
 from common.world import make_folder, write_durably
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Writes a trained model as a folder.
 
-A text model becomes a Hugging Face folder that loads without this software; a model of numbers
-becomes safetensors beside a JSON file that says everything needed to predict.
+A text model becomes a Hugging Face folder that loads without this software; a task's own network
+becomes safetensors beside a JSON file with the terms that it follows from.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.predict import TABULAR_FILE, WEIGHTS_FILE
+from client.predict import MODEL_FORMAT, TASK_FILE, WEIGHTS_FILE
 from client.tasks.backbone import Backbone
+from client.tasks.kinds import code_of
 from client.tasks.network import Plan, bare_model, network_for
-from client.tasks.tabular import architecture, initial_tensors
+from client.tasks.rows import initial_tensors
 from common.errors import Code, DataError, StorageError
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN
 from common.study import Lora, Study
 from common.tensors import save_tensors
 
-__all__ = ["export_model", "export_tabular"]
+__all__ = ["export_model", "export_rows"]
 
 _LORA_A = ".lora_A.default.weight"
 _LORA_B = ".lora_B.default.weight"
@@ -65,11 +66,11 @@ def export_model(folder: Path, study: Study, backbone: Backbone, state: Tensors)
     _whole(folder, write)
 
 
-def export_tabular(folder: Path, study: Study, state: Tensors) -> None:
-    """Write model.safetensors and tabular.json of a study of kind tabular.
+def export_rows(folder: Path, study: Study, state: Tensors) -> None:
+    """Write model.safetensors and task.json of a study whose task has its own network.
 
-    The JSON holds features with their bounds, mean and deviation (in units of the declared
-    range), hidden widths and labels: with the weights, all that a prediction needs.
+    The JSON holds the task's terms and, in units of the declared ranges, the statistics: with the
+    weights, all that a prediction needs.
 
     Args:
         folder: must not exist; appears whole or not at all.
@@ -82,23 +83,23 @@ def export_tabular(folder: Path, study: Study, state: Tensors) -> None:
     """
     if folder.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{folder}: is already there.")
-    task = study.tabular
-    weights = {name: value.shape for name, value in initial_tensors(task).items()}
-    counted = (len(task.features),)
-    expected = {**weights, MEAN: counted, DEVIATION: counted}
+    task, count = study.task, study.feature_count
+    weights = {n: v.shape for n, v in initial_tensors(code_of(task), task).items()}
+    counted = {MEAN: (count,), DEVIATION: (count,)} if count else {}
+    expected = {**weights, **counted}
     for name in sorted(set(expected) | set(state)):
         if name not in state or expected.get(name) != state[name].shape:
             raise _foreign(name)
-    mean, deviation = state[MEAN].tolist(), state[DEVIATION].tolist()
-    facts: dict[str, Any] = json.loads(architecture(task)[1])
-    facts["features"] = [
-        {**feature, "mean": middle, "deviation": spread}
-        for feature, middle, spread in zip(facts["features"], mean, deviation, strict=True)
-    ]
+    facts = {
+        "format": MODEL_FORMAT,
+        "task": task.model_dump(mode="json"),
+        "mean": state[MEAN].tolist() if count else [],
+        "deviation": state[DEVIATION].tolist() if count else [],
+    }
 
     def write(temporary: Path) -> None:
         save_tensors(temporary / WEIGHTS_FILE, {name: state[name] for name in weights})
-        (temporary / TABULAR_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (temporary / TASK_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     _whole(folder, write)
 

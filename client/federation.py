@@ -23,14 +23,15 @@ from client.build import build_model
 from client.data.partition import MIN_PATIENTS
 from client.data.records import Record
 from client.devices import choose_device
-from client.export import export_model, export_tabular
+from client.export import export_model, export_rows
 from client.holdings import Holdings, read_holdings, table_columns
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
 from client.tasks.base import Learner, Normalising
 from client.tasks.diagnosis import DiagnosisLearner
-from client.tasks.tabular import TabularLearner
+from client.tasks.kinds import code_of
+from client.tasks.rows import RowsLearner, rows_learner
 from client.training import LocalTrainer, TrainingSettings
 from common.bundle import Bundle, resolve, with_sites
 from common.errors import Code, DataError
@@ -158,8 +159,8 @@ class Federation:
     def learner(self, site: str) -> Learner:
         """The site's learner, built once; all sites share the frozen backbone.
 
-        Sites train one after the other, so those of a text study share the trainable module as
-        well: whoever works in it loads a state first, and leaves nothing of its own behind.
+        Sites train one after the other, so they share the trainable module as well: whoever works
+        in it loads a state first, and leaves nothing of its own behind.
         """
         if site not in self._learners:
             records = self._divided[site]
@@ -170,8 +171,7 @@ class Federation:
                 choose_device(self._device),
                 module=self._module,
             )
-            if self.study.model is not None:
-                self._module = learner.module
+            self._module = learner.module
             self._learners[site] = learner
         return self._learners[site]
 
@@ -209,7 +209,10 @@ class Federation:
         return {**model_tensors(state), **own}
 
     def counts(self, site: str, state: Tensors) -> NDArray[np.float64]:
-        """The un-noised metric vector of `state` over one site's held-out patients."""
+        """The un-noised metric vectors of `state` over one site's held-out patients.
+
+        Shapes: (P, M), one by patient where the study's scoring needs them, else (1, M) summed.
+        """
         learner = self.learner(site)
         if isinstance(learner, Normalising):
             learner.set_statistics(state[MEAN], state[DEVIATION])
@@ -217,7 +220,9 @@ class Federation:
             for name, parameter in learner.trainable().items():
                 parameter.copy_(torch.from_numpy(np.array(state[name])))
             learner.module.eval()
-            return learner.measure()
+            if isinstance(learner, RowsLearner):
+                return learner.measure_patients()
+            return learner.measure()[None]
 
     def versions(self) -> dict[str, str]:
         """Versions of what training stands on, for the report."""
@@ -238,10 +243,11 @@ def build_learner(
 ) -> Learner:
     """The task's learner over one hospital's records. Raises DataError.
 
-    `module`: of another learner of the same text study, to take turns in.
+    `module`: of another learner of the same study, to take turns in.
     """
     if study.model is None:
-        return TabularLearner(study, train, held_out, device=device)
+        code = code_of(study.task)
+        return rows_learner(code, study, train, held_out, device=device, module=module)
     backbone = load_backbone(study.model.backbone)
     return DiagnosisLearner(study, train, held_out, backbone, device=device, module=module)
 
@@ -266,7 +272,7 @@ def build_trainer(bundle: Bundle, learner: Learner, entropy: Entropy, device: st
 def export_final(folder: Path, study: Study, state: Tensors) -> None:
     """Write a trained model as a folder. Raises DataError, StorageError."""
     if study.model is None:
-        export_tabular(folder, study, state)
+        export_rows(folder, study, state)
         return
     export_model(folder, study, load_backbone(study.model.backbone), state)
 

@@ -6,19 +6,20 @@ A fault in a file is told before anything heavy is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.data.records import Record, require_disjoint
 from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, ConfigError
-from common.study import DiagnosisTask, Simulation, Study
+from common.study import Simulation, Study, Task
+from common.tasks.diagnosis import DiagnosisTask
 
 if TYPE_CHECKING:
     from client.data.partition import Partition
 
-__all__ = ["Holdings", "read_holdings", "table_columns"]
+__all__ = ["Holdings", "input_columns", "read_holdings", "table_columns"]
 
 BySite = dict[str, tuple[Record, ...]]
 
@@ -48,7 +49,7 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     simulation = _simulation(study)
     files = _paths(simulation.data.files, config)
     tests = _paths(simulation.data.test_files, config)
-    labels, split, seed = study.task.labels, simulation.split, simulation.seed
+    labels, split, seed = study.labels, simulation.split, simulation.seed
     columns = table_columns(study, site=split.column)
     taken = take_tables(files, columns, labels=labels)
     records = taken.records
@@ -109,8 +110,27 @@ def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
     if isinstance(task, DiagnosisTask):
         names = task.columns
         return TableColumns(names.text, names.patient, names.label, site, most=task.max_notes)
-    numbers = tuple(feature.name for feature in task.features)
-    return TableColumns(None, task.columns.patient, task.columns.label, site, numbers)
+    target = task.number
+    return replace(
+        input_columns(task),
+        patient=task.columns.patient,
+        label=task.columns.label if task.labels else None,
+        site=site,
+        number=None if target is None else target.column,
+        time=None if task.survival is None else task.survival.time,
+        event=None if task.survival is None else task.survival.event,
+    )
+
+
+def input_columns(task: Task) -> TableColumns:
+    """The columns that the task's network is given, without those it is to predict."""
+    if isinstance(task, DiagnosisTask):
+        return TableColumns(task.columns.text)
+    return TableColumns(
+        None,
+        numbers=tuple(feature.name for feature in task.features),
+        codes=tuple(category.name for category in task.categories),
+    )
 
 
 def _simulation(study: Study) -> Simulation:

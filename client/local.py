@@ -47,7 +47,7 @@ class LocalFiles:
 
     def read(self, study: Study) -> tuple[Record, ...]:
         """Every record. Raises DataError, naming file and line."""
-        return read_tables(self.files, self.columns(study), labels=study.task.labels)
+        return read_tables(self.files, self.columns(study), labels=study.labels)
 
     def dump(self) -> dict[str, Any]:
         """As plain text, for the trainer."""

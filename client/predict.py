@@ -1,39 +1,41 @@
-"""Reads notes or numbers from a file and writes the likeliest label and all probabilities."""
+"""Reads records from a file and writes what a saved model tells of each."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from common.errors import Code, DataError, StorageError
-from common.statistics import normalised, scaled
+from common.outcomes import Classes, LabelSet, Number, Outcome
 from common.tensors import load_tensors
 
-__all__ = ["TABULAR_FILE", "WEIGHTS_FILE", "Prediction", "predict"]
+__all__ = ["MODEL_FORMAT", "TASK_FILE", "WEIGHTS_FILE", "Answer", "Prediction", "header", "predict"]
 
-TABULAR_FILE: Final = "tabular.json"
+TASK_FILE: Final = "task.json"
 WEIGHTS_FILE: Final = "model.safetensors"
+MODEL_FORMAT: Final = "wardround-model/1"
 
 _BATCH: Final = 64
 
 
+Answer = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One note's answer: its place in the file, the likeliest label, and all probabilities."""
+    """One record's answer: its place in the file, and what is told (client/tasks/outcomes.py)."""
 
     line: int
     patient: str | None
-    label: str
-    probabilities: dict[str, float]
+    answer: Answer
 
 
 def predict(
@@ -49,9 +51,9 @@ def predict(
 
     Args:
         model_folder: a folder that training wrote (any folder with a sequence classifier works).
-        file: CSV, Parquet or NDJSON with a text column, or with a tabular model's features.
+        file: CSV, Parquet or NDJSON with a text column, or with the columns of the model's task.
         out: must not exist; appears whole or not at all.
-        text: the column with the notes; a tabular model names its own columns.
+        text: the column with the notes; another task's model names its own columns.
         patient: a column to carry over into the output, or None.
         device: auto, cpu or cuda[:N].
 
@@ -66,37 +68,31 @@ def predict(
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
     columns = TableColumns(text=text, patient=patient)
     classify: _Predictor
-    if (model_folder / TABULAR_FILE).is_file():
-        tabular = _TabularClassifier(model_folder)
-        columns = TableColumns(None, patient, numbers=tabular.columns)
-        records = read_table(file, columns, labels=None)
-        classify = tabular
+    if (model_folder / TASK_FILE).is_file():
+        rows = _Rows(model_folder, device)
+        records = read_table(file, replace(rows.columns, patient=patient), labels=None)
+        classify = rows
     else:
         records = read_table(file, columns, labels=None)
         classify = _Classifier(model_folder, device)
     answers = classify(records, keep_patient=patient is not None)
-    _write(out, answers, classify.labels)
+    _write(out, answers, classify.header)
     return len(records)
 
 
 class _Predictor:
-    """A saved model: probabilities of its labels, record by record."""
+    """A saved model: its answers, record by record, and the columns that they fill."""
 
-    labels: tuple[str, ...]
+    header: tuple[str, ...]
 
     def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
         for first in range(0, len(records), _BATCH):
             chunk = records[first : first + _BATCH]
-            for record, row in zip(chunk, self._probabilities(chunk), strict=True):
-                best = max(range(len(row)), key=row.__getitem__)
-                yield Prediction(
-                    line=record.line,
-                    patient=record.patient if keep_patient else None,
-                    label=self.labels[best],
-                    probabilities=dict(zip(self.labels, row, strict=True)),
-                )
+            for record, answer in zip(chunk, self._answers(chunk), strict=True):
+                patient = record.patient if keep_patient else None
+                yield Prediction(record.line, patient, answer)
 
-    def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
+    def _answers(self, records: Sequence[Record]) -> list[Answer]:
         raise NotImplementedError
 
 
@@ -126,12 +122,14 @@ class _Classifier(_Predictor):
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
         self._encode = Encoder(backbone.tokenizer, saved_reading(model.config))
         names = model.config.id2label
-        self.labels = tuple(str(names[index]) for index in sorted(names))
+        self._outcome = Classes(tuple(str(names[index]) for index in sorted(names)))
+        self.header = header(self._outcome)
 
-    def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
+    def _answers(self, records: Sequence[Record]) -> list[Answer]:
         import numpy as np
         import torch
 
+        from client.tasks.outcomes import answers
         from client.tasks.text import batch_inputs
 
         encoded = self._encode([record.text for record in records])
@@ -142,56 +140,57 @@ class _Classifier(_Predictor):
                 inputs = self._inputs(ids.to(self._device), mask.to(self._device))
                 logits.append(self._model(**inputs).logits.double().cpu().numpy())
         sums = np.add.reduceat(np.concatenate(logits), encoded.starts[:-1], axis=0)
-        mean = sums / np.diff(encoded.starts)[:, None]
-        powers = np.exp(mean - mean.max(axis=1, keepdims=True))
-        rows: list[list[float]] = (powers / powers.sum(axis=1, keepdims=True)).tolist()
-        return rows
+        return answers(self._outcome, torch.from_numpy(sums / np.diff(encoded.starts)[:, None]))
 
 
-class _TabularClassifier(_Predictor):
-    """A saved model of numbers, and its normalisation."""
+class _Rows(_Predictor):
+    """A saved network of a task's own, and its normalisation."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         import numpy as np
+        from pydantic import TypeAdapter
+
+        from client.devices import choose_device
+        from client.holdings import input_columns
+        from client.tasks.kinds import code_of
+        from client.tasks.rows import loaded
+        from common.study import Task
 
         weights = load_tensors(folder / WEIGHTS_FILE)
         try:
-            facts: Any = json.loads((folder / TABULAR_FILE).read_text(encoding="utf-8"))
-            features = facts["features"]
-            self.columns = tuple(str(feature["name"]) for feature in features)
-            self.labels = tuple(str(label) for label in facts["labels"])
-            self._low, self._high, self._mean, self._deviation = (
-                np.array([feature[key] for feature in features], np.float64)
-                for key in ("low", "high", "mean", "deviation")
+            facts: Any = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+            known = {MODEL_FORMAT: facts["task"]}[facts["format"]]
+            task = TypeAdapter[Task](Task).validate_json(json.dumps(known))
+            self._statistics = tuple(
+                np.array(facts[name], np.float32).reshape(len(task.features))
+                for name in ("mean", "deviation")
             )
-            layers = [*(f"hidden{n}" for n in range(1, len(facts["hidden"]) + 1)), "output"]
-            self._layers = [(weights[f"{n}.weight"].T, weights[f"{n}.bias"]) for n in layers]
-            widths = [len(features), *facts["hidden"], len(self.labels)]
+            self._code = code_of(task)
+            self._device = choose_device(device)
+            self._network = loaded(self._code, task, weights).to(self._device)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _unfit(folder, type(error).__name__) from None
-        shapes = [matrix.shape for matrix, _ in self._layers]
-        if shapes != list(itertools.pairwise(widths)) or not all(self._high > self._low):
-            raise _unfit(folder, "shapes or bounds")
+        self._task = task
+        self.columns = input_columns(task)
+        self.header = header(task.outcome)
 
-    def _probabilities(self, records: Sequence[Record]) -> list[list[float]]:
-        import numpy as np
+    def _answers(self, records: Sequence[Record]) -> list[Answer]:
+        import torch
 
-        part = scaled(np.array([record.values for record in records]), self._low, self._high)
-        values: Any = normalised(
-            part, self._mean.astype(np.float32), self._deviation.astype(np.float32)
-        )
-        for number, (matrix, bias) in enumerate(self._layers):
-            values = (np.maximum(values, 0) if number else values) @ matrix + bias
-        powers = np.exp(values.astype(np.float64) - values.max(axis=1, keepdims=True))
-        rows: list[list[float]] = (powers / powers.sum(axis=1, keepdims=True)).tolist()
-        return rows
+        from client.tasks.outcomes import answers
+        from client.tasks.rows import inputs_of
+
+        inputs = inputs_of(self._code.encode(self._task, records), *self._statistics)
+        with torch.inference_mode():
+            found = self._network(*(tensor.to(self._device) for tensor in inputs))
+        return answers(self._task.outcome, found)
 
 
 def _unfit(folder: Path, reason: str) -> DataError:
-    return DataError(Code.MODEL_STATE, f"{folder}: not a whole model of numbers ({reason}).")
+    return DataError(Code.MODEL_STATE, f"{folder}: not a whole model of this software ({reason}).")
 
 
-def _write(out: Path, answers: Iterable[Prediction], labels: Sequence[str]) -> None:
+def _write(out: Path, answers: Iterable[Prediction], names: Sequence[str]) -> None:
     """Write to a file beside `out`, then rename."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
@@ -201,7 +200,7 @@ def _write(out: Path, answers: Iterable[Prediction], labels: Sequence[str]) -> N
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
             lines = _csv if out.suffix.lower() == ".csv" else _ndjson
-            lines(stream, answers, labels)
+            lines(stream, answers, names)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(out)
@@ -211,20 +210,42 @@ def _write(out: Path, answers: Iterable[Prediction], labels: Sequence[str]) -> N
         temporary.unlink(missing_ok=True)
 
 
-def _csv(stream: IO[str], answers: Iterable[Prediction], labels: Sequence[str]) -> None:
+def header(outcome: Outcome) -> tuple[str, ...]:
+    """The columns that an answer fills, after its line and patient."""
+    if isinstance(outcome, Classes):
+        return ("label", *(f"p({label})" for label in outcome.labels))
+    if isinstance(outcome, LabelSet):
+        return ("labels", *(f"p({label})" for label in outcome.labels))
+    if isinstance(outcome, Number):
+        return ("value",)
+    return ("risk", *(f"survives {edge:g}" for edge in outcome.edges), "survives later")
+
+
+def _csv(stream: IO[str], answers: Iterable[Prediction], names: Sequence[str]) -> None:
     writer = csv.writer(stream)
-    writer.writerow(["line", "patient", "label", *(f"p({label})" for label in labels)])
-    for answer in answers:
-        shares = [f"{answer.probabilities[label]:.6f}" for label in labels]
-        writer.writerow([answer.line, answer.patient or "", answer.label, *shares])
+    writer.writerow(["line", "patient", *names])
+    for found in answers:
+        writer.writerow([found.line, found.patient or "", *_cells(found.answer)])
 
 
-def _ndjson(stream: IO[str], answers: Iterable[Prediction], _labels: Sequence[str]) -> None:
-    for answer in answers:
-        entry: dict[str, Any] = {"line": answer.line, "label": answer.label}
-        if answer.patient is not None:
-            entry["patient"] = answer.patient
-        entry["probabilities"] = {k: round(v, 6) for k, v in answer.probabilities.items()}
+def _cells(answer: Answer) -> Iterator[str]:
+    for told in answer.values():
+        if isinstance(told, dict):
+            yield from (f"{share:.6f}" for share in told.values())
+        elif isinstance(told, list):
+            yield ";".join(told)
+        else:
+            yield told if isinstance(told, str) else f"{told:.6g}"
+
+
+def _ndjson(stream: IO[str], answers: Iterable[Prediction], _names: Sequence[str]) -> None:
+    for found in answers:
+        entry: dict[str, Any] = {"line": found.line}
+        if found.patient is not None:
+            entry["patient"] = found.patient
+        for name, told in found.answer.items():
+            shares = isinstance(told, dict)
+            entry[name] = {k: round(v, 6) for k, v in told.items()} if shares else told
         stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

@@ -173,10 +173,10 @@ def review(
         backbone=bundle.backbone_digest,
         backbone_name=bundle.study.architecture[0],
         task=bundle.study.task.kind,
-        labels=tuple(bundle.study.task.labels),
+        labels=bundle.study.labels,
         rounds=bundle.study.training.rounds,
         plan=plan,
-        patients={} if records is None else shown_counts(records, bundle.study.task.labels),
+        patients={} if records is None else shown_counts(records, bundle.study.labels),
         forecast=forecast,
         ceiling=ceilings.epsilon,
         peers=tuple(

@@ -41,6 +41,7 @@ from common.crypto.digest import decode, encode, flat_view
 from common.errors import Code, DataError, ProtocolError, RefusedError, StorageError, WardroundError
 from common.ids import short
 from common.integrity import code_digest
+from common.metrics import scoring_of
 from common.ports import Entropy, Tensors, Trainer
 from common.statistics import DEVIATION, MEAN
 from common.strategy import released
@@ -111,7 +112,7 @@ class TrainerTask:
 def frame_bound(bundle: Bundle) -> int:
     """The most bytes of arrays that either side may send for this study."""
     values = bundle.layout.size + 2 * bundle.study.feature_count
-    words = len(bundle.study.task.labels) ** 2 + 1 + 3 * bundle.study.feature_count
+    words = scoring_of(bundle.study).length + 3 * bundle.study.feature_count
     return 4 * values + 8 * words
 
 
@@ -491,9 +492,9 @@ def _trainer(header: Header, bundle: Bundle, entropy: Entropy) -> Trainer:
 
 def _require_backbone(bundle: Bundle) -> None:
     if bundle.study.model is None:
-        from client.tasks.tabular import architecture
+        from client.tasks.kinds import code_of
 
-        found = architecture(bundle.study.tabular)[0]
+        found = code_of(bundle.study.task).architecture(bundle.study.task)[0]
     else:
         from client.tasks.backbone import load_backbone
 

@@ -31,7 +31,7 @@ from client.tasks.base import Learner, Normalising, Probing
 from common.errors import Code, DataError
 from common.joint import SLACK as JOINT_SLACK
 from common.joint import JointNoise
-from common.metrics import METRIC_SCALE, PATIENT_SENSITIVITY, words_from_counts
+from common.metrics import METRIC_SCALE, scoring_of, words_from_counts
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN, STATISTIC_SCALE, StatisticsLayout
 from common.strategy import released
@@ -59,6 +59,7 @@ class TrainingSettings:
         engine: what computes clipped sums.
         evaluation_noise: the same for the metrics, over their sensitivity, without `none`.
         statistics_noise: the same for the statistics of numeric features.
+        evaluation_sensitivity: of the metric vector to one patient.
     """
 
     mode: Literal["joint", "local", "none"]
@@ -76,6 +77,7 @@ class TrainingSettings:
     evaluation_noise: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     statistics_noise: float | None = None
+    evaluation_sensitivity: float = math.sqrt(2)
     joint: JointNoise | None = None
     engine: EngineKind = "auto"
 
@@ -84,10 +86,14 @@ class TrainingSettings:
             raise ValueError("mode local needs a clip norm and a noise multiplier")
         if self.mode == "joint" and not (self.clip_norm and self.joint and self.local_steps == 1):
             raise ValueError("mode joint needs a clip norm, shares of noise, and a single step")
-        if self.evaluation_noise is not None and _word_std(self.evaluation_noise) < _WORD_STD_FLOOR:
+        if self.evaluation_noise is not None and self._word_std < _WORD_STD_FLOOR:
             raise ValueError("the evaluation noise is too small to be rounded safely")
         if self.statistics_noise is not None and self.statistics_noise < _STATISTICS_FLOOR:
             raise ValueError("the statistics' noise is too small to be rounded safely")
+
+    @property
+    def _word_std(self) -> float:
+        return math.fabs(self.evaluation_noise or 0) * self.evaluation_sensitivity * METRIC_SCALE
 
     @staticmethod
     def from_study(
@@ -125,6 +131,7 @@ class TrainingSettings:
             # Rounding in bfloat16 couples the patients of a batch beyond any fixed slack.
             precision="float32" if private or study.model is None else study.model.precision,
             statistics_noise=statistics_noise if private else None,
+            evaluation_sensitivity=scoring_of(study).sensitivity,
             joint=joint,
             engine=study.privacy.engine,
         )
@@ -213,7 +220,7 @@ class LocalTrainer:
             return words_from_counts(counts)
         if self._settings.evaluation_noise is None:
             raise ValueError("a privacy mode needs evaluation noise to measure")
-        std = self._settings.evaluation_noise * PATIENT_SENSITIVITY
+        std = self._settings.evaluation_noise * self._settings.evaluation_sensitivity
         words = words_from_counts(self._noise.add_gaussian(counts, std))
         self._noise.renew()
         return words
@@ -524,7 +531,3 @@ def _reduced(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
-
-
-def _word_std(evaluation_noise: float) -> float:
-    return math.fabs(evaluation_noise) * PATIENT_SENSITIVITY * METRIC_SCALE

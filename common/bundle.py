@@ -22,7 +22,7 @@ from common.crypto.digest import digest
 from common.errors import Code, StorageError
 from common.gate import Gate
 from common.joint import JointNoise, joint_noise
-from common.metrics import metric_length
+from common.metrics import scoring_of
 from common.plan import CostModel, Plan, plan
 from common.ports import Tensors
 from common.protocol.terms import Terms
@@ -152,7 +152,7 @@ class Bundle:
         initial: Tensors = {**self._start, **counted}
         gate = None
         if study.acceptance is not None:
-            gate = Gate(study.acceptance.tolerance, len(study.task.labels))
+            gate = Gate(study.acceptance.tolerance, scoring_of(study))
             initial = gate.initial(initial, ordered)
         return Terms(
             study=self.digest,
@@ -161,7 +161,7 @@ class Bundle:
             weights=self.weights,
             layout=layout,
             ring_bits=bits,
-            metric_words=metric_length(len(study.task.labels)),
+            metric_words=scoring_of(study).length,
             initial=initial,
             exponents=ordered,
             optimizer=optimizer,

@@ -158,7 +158,7 @@ def _study_summary(study: Study) -> str:
         else f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
     )
     return (
-        f"study {study.name}: {len(study.task.labels)} labels, {_learns(study)}, "
+        f"study {study.name}: {_predicts(study)}, {_learns(study)}, "
         f"{study.training.rounds} rounds, {parties}, {promise}"
     )
 
@@ -167,6 +167,12 @@ def _learns(study: Study) -> str:
     """What learns, in a word or two: a backbone's tuning, or the shape of a perceptron."""
     backbone, tuning = study.architecture
     return backbone if study.model is None else tuning
+
+
+def _predicts(study: Study) -> str:
+    """What comes out, in a word or two."""
+    count = len(study.labels)
+    return f"{count} labels" if count else study.task.kind
 
 
 def _file_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from common.metrics import metric_length
+from common.metrics import Scoring
 from common.ports import Tensors
 from common.statistics import PREFIX as STATISTICS
 
@@ -39,7 +39,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from one measurement; `score` is the measured model's accuracy in [0, 1]."""
+    """What follows from one measurement; `score` is the measured model's, in [0, 1]."""
 
     state: dict[str, Array]
     exponents: tuple[int, ...]
@@ -103,12 +103,12 @@ class Gate:
     """The study's rule.
 
     Args:
-        tolerance: how much accuracy, in [0, 1], a candidate may lose against the best accepted.
-        labels: L; metric words are (L*L + 1,).
+        tolerance: how much score, in [0, 1], a candidate may lose against the best accepted.
+        scoring: what is measured, and what of it is the score.
     """
 
     tolerance: float
-    labels: int
+    scoring: Scoring
 
     def initial(self, state: Tensors, exponents: tuple[int, ...]) -> dict[str, Array]:
         """The state before the first round: the initial model stands, unmeasured."""
@@ -122,14 +122,14 @@ class Gate:
         Args:
             state: candidate and standing model, as `initial`, or `judge` and `moved`, left it.
             exponents: of the candidate.
-            words: (L*L + 1,) the summed metric words of the candidate.
+            words: (M,) the summed metric words of the candidate.
 
-        Guarantee: bit-identical wherever it is computed: integer sums, one float64 division,
-            one rounding to float32; then single float32 operations. A model that stands is
+        Guarantee: bit-identical wherever it is computed: a score of integers, rounded to float32
+            (`Scoring.score`), then single float32 operations. A model that stands is
             never rejected by a later measurement of itself.
         """
         model, accepted = split_state(state)
-        seen, score = _Record.of(state), self._accuracy(words)
+        seen, score = _Record.of(state), self.scoring.score(words)
         if not seen.pending:
             after = _with(model, model, exponents, seen.again(score))
             return Verdict(after, exponents, rejected=False, score=float(score))
@@ -145,16 +145,6 @@ class Gate:
         kept = {name: np.asarray(state[name]) for name in state if name.startswith(PREFIX)}
         kept[_VERDICT] = _Record.of(state).candidate().array()
         return {**{name: np.asarray(value) for name, value in model.items()}, **kept}
-
-    def _accuracy(self, words: NDArray[np.int64]) -> np.float32:
-        """Hits over patients, of noised counts, cut to [0, 1]; 0 where nobody was measured."""
-        if words.size != metric_length(self.labels):
-            raise ValueError("the metric words belong to another number of labels")
-        cells = [int(word) for word in words[:-1]]
-        total, hits = sum(cells), sum(cells[:: self.labels + 1])
-        if total <= 0:
-            return np.float32(0)
-        return np.float32(min(max(hits / total, 0.0), 1.0))
 
 
 def standing(state: Tensors) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from common.crypto import labels
 from common.crypto.digest import digest, labelled
 from common.crypto.identity import SiteKey, verify
 from common.errors import Code, ConfigError, ProtocolError
-from common.study import Name, Text
+from common.fields import Name, Text
 from common.words import coordinator_words, enrolment_words
 from common.world import write_durably
 

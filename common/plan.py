@@ -13,7 +13,7 @@ from typing import Any
 from common.accountant import DpEvent, epsilon, solve_noise_multiplier, solve_sigma
 from common.errors import Code, ConfigError
 from common.joint import audiences, joint_noise
-from common.metrics import PATIENT_SENSITIVITY, metric_length
+from common.metrics import TITLES, scoring_of
 from common.secagg.quorum import tolerates
 from common.statistics import StatisticsLayout
 from common.study import Study
@@ -126,19 +126,20 @@ class EvaluationPlan:
     for both: the study's epsilon for a patient is the larger of the two.
 
     Units:
-        noise_multiplier: Gaussian noise over the sensitivity sqrt(2) of one patient.
+        noise_multiplier: Gaussian noise over the sensitivity of one patient.
         epsilon: of all releases, those of spare rounds included.
         count_noise: standard deviation, in patients, of one cell of the summed metrics.
-        accuracy_noise: standard deviation of the accuracy at accuracy 1/2, where the number
-            of held-out patients is known.
+        score: what models are compared by, in words.
+        score_noise: about its standard deviation, where the number of held-out patients is known.
     """
 
     rounds: tuple[int, ...]
     words: int
+    score: str
     noise_multiplier: float | None
     epsilon: float | None
     count_noise: float | None
-    accuracy_noise: float | None
+    score_noise: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +275,7 @@ def plan(
         rounds=study.training.rounds,
         parameters=parameters,
         ring_bits=study.ring_bits,
-        labels=len(study.task.labels),
+        labels=len(study.labels),
         patients=counts,
         training=training,
         evaluation=evaluation,
@@ -440,23 +441,25 @@ def _statistics(study: Study, parties: int) -> StatisticsPlan | None:
 def _evaluation(study: Study, parties: int, patients: Mapping[str, int]) -> EvaluationPlan:
     privacy = study.privacy
     rounds = evaluation_rounds(study)
-    labels = len(study.task.labels)
+    scoring = scoring_of(study)
+    score = TITLES[scoring.names[0]]
     if privacy.mode == "none" or privacy.delta is None:
-        return EvaluationPlan(rounds, metric_length(labels), None, None, None, None)
+        return EvaluationPlan(rounds, scoring.length, score, None, None, None, None)
     share = privacy.epsilon if privacy.evaluation_epsilon is None else privacy.evaluation_epsilon
     if share is None:
         raise ValueError("a checked study with a privacy mode names epsilon")
     steps = len(rounds) + study.training.spare_rounds
     sigma = _solve(share, privacy.delta, sampling_rate=1.0, steps=steps)
-    count_noise = sigma * PATIENT_SENSITIVITY * math.sqrt(parties)
+    count_noise = sigma * scoring.sensitivity * math.sqrt(parties)
     held_out = study.evaluation.held_out * sum(patients.values())
     return EvaluationPlan(
         rounds=rounds,
-        words=metric_length(labels),
+        words=scoring.length,
+        score=score,
         noise_multiplier=sigma,
         epsilon=epsilon([DpEvent(sigma, 1.0, steps)], privacy.delta),
         count_noise=count_noise,
-        accuracy_noise=count_noise * labels / 2 / held_out if held_out else None,
+        score_noise=scoring.noise(count_noise, held_out) if held_out else None,
     )
 
 
@@ -523,9 +526,10 @@ def _warnings(
             "expected_batch and sampling_rate together, or train fewer parameters"
         )
     found.extend(_patient_warnings(study, training, patients))
-    if evaluation.accuracy_noise is not None and evaluation.accuracy_noise > 0.05:  # noqa: PLR2004
+    if evaluation.score_noise is not None and evaluation.score_noise > 0.05:  # noqa: PLR2004
         found.append(
-            f"measured accuracy carries noise of about ±{evaluation.accuracy_noise:.2f}: "
+            f"the measured {evaluation.score} carries noise of about "
+            f"±{evaluation.score_noise:.2f}: "
             "measure less often (evaluation.every)"
         )
     found.extend(_gate_warnings(study, evaluation))
@@ -544,14 +548,15 @@ _GATE_NOISES = 5
 
 
 def _gate_warnings(study: Study, evaluation: EvaluationPlan) -> list[str]:
-    noise = evaluation.accuracy_noise
+    noise = evaluation.score_noise
     if study.acceptance is None or noise is None:
         return []
     if study.acceptance.tolerance >= _GATE_NOISES * noise:
         return []
     message = (
         f"acceptance.tolerance {study.acceptance.tolerance:g} is less than five times the noise "
-        f"of a measured accuracy (±{noise:.3f}): good models will be rolled back by chance"
+        f"of a measured {evaluation.score} (±{noise:.3f}): good models will be rolled back "
+        "by chance"
     )
     return [message]
 
@@ -714,8 +719,8 @@ def _evaluation_rows(plan: Plan) -> list[tuple[str, str]]:
     if evaluation.epsilon is None or evaluation.noise_multiplier is None:
         return rows
     noise = f"noise multiplier {evaluation.noise_multiplier:g}"
-    if evaluation.accuracy_noise is not None:
-        noise += f", accuracy ±{evaluation.accuracy_noise:.3f}"
+    if evaluation.score_noise is not None:
+        noise += f", {evaluation.score} ±{evaluation.score_noise:.3f}"
     return [
         *rows,
         ("epsilon, evaluation", f"{evaluation.epsilon:.3f}, held-out patients only ({noise})"),

@@ -19,8 +19,9 @@ from common.config import Frozen, load
 from common.crypto.digest import digest
 from common.crypto.identity import SiteKey, check_public, verify
 from common.errors import Code, ConfigError, ProtocolError, StorageError
+from common.fields import Listed, Name
 from common.ids import SiteId, is_site_id
-from common.study import MAX_SITES, Listed, Name
+from common.study import MAX_SITES
 
 __all__ = ["FORMAT", "Roster", "SignedRoster"]
 

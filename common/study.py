@@ -7,27 +7,27 @@ The section `simulation` is not part of the signed terms: it says how one machin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from common.config import Frozen, Rules
-from common.ids import is_site_id
+from common.fields import FilePath, Listed, Name, Seconds, Text, repeats
 from common.joint import RING_BITS as JOINT_RING_BITS
+from common.outcomes import Classes
 from common.secagg import quorum as quorums
+from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.tabular import TabularTask
 
 __all__ = [
     "FORMAT",
     "MAX_SITES",
     "MIN_SITES",
     "Aggregation",
-    "Columns",
     "Deadlines",
-    "DiagnosisTask",
     "Evaluation",
     "Fault",
-    "Feature",
     "Lora",
     "ModelChoice",
     "Optimizer",
@@ -39,8 +39,6 @@ __all__ = [
     "Site",
     "Split",
     "Study",
-    "TabularColumns",
-    "TabularTask",
     "Task",
     "Term",
     "Training",
@@ -51,153 +49,7 @@ FORMAT: Final = "wardround-study/1"
 MIN_SITES: Final = quorums.MIN_PARTIES
 MAX_SITES: Final = 255  # Shamir's x-coordinates are one byte
 
-T = TypeVar("T")
-Listed = Annotated[tuple[T, ...], Field(strict=False)]  # YAML has lists; a frozen model has tuples
 Term = str | int | tuple["Term", ...] | dict[str, "Term"]
-
-
-def _named(value: str) -> str:
-    if not is_site_id(value):
-        raise ValueError(f"must be 1 to 63 of a-z, 0-9 and inner hyphens (got {value[:70]!a})")
-    return value
-
-
-def _plain(value: str) -> str:
-    if not value.isprintable() or value != value.strip():
-        raise ValueError("must be printable text without spaces at its ends")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_named)]
-Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
-FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
-Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
-Width = Annotated[int, Field(ge=1, le=4096)]
-
-
-class Columns(Frozen):
-    """Which columns of the hospital's files hold what."""
-
-    patient: Text = Field("patient", description="who the record is about: the unit of privacy")
-    text: Text = Field("text", description="the clinical note")
-    label: Text = Field("label", description="the diagnosis, one of task.labels")
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        rules = Rules()
-        rules.require(self.text != self.patient, "text", "is also the patient column")
-        rules.require(
-            self.label not in {self.patient, self.text}, "label", "is also another column"
-        )
-        rules.done()
-        return self
-
-
-class DiagnosisTask(Frozen):
-    """What is learned: one label for each clinical note."""
-
-    kind: Literal["diagnosis"] = Field(description="diagnosis: one label for each clinical note")
-    labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
-        description="every class, in the order of the model's outputs; never discovered from data"
-    )
-    columns: Columns = Field(Columns(), description="column names in the hospitals' files")
-    max_tokens: int = Field(128, ge=8, le=8192, description="tokens of a note that the model sees")
-    long_notes: Literal["truncate", "window"] = Field(
-        "truncate", description="cut a long note, or slide a window and pool the logits"
-    )
-    window_stride: int = Field(
-        64, ge=1, le=8191, description="tokens from one window to the next; with long_notes: window"
-    )
-    max_windows: int = Field(4, ge=1, le=64, description="windows of one note that are kept")
-    max_notes: int = Field(
-        64, ge=1, le=4096, description="notes of a patient that are read: the first, in file order"
-    )
-    stop_words: Literal["none", "english"] = Field("none", description="words removed before")
-    stemming: Literal["none", "english"] = Field("none", description="stemmer applied before")
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        rules = Rules()
-        for index in _repeats(self.labels):
-            rules.require(False, f"labels.{index}", "is listed twice")  # noqa: FBT003
-        window = self.long_notes == "window"
-        rules.require(
-            not window or self.window_stride < self.max_tokens,
-            "window_stride",
-            f"must be less than max_tokens ({self.max_tokens}), or tokens between two windows are "
-            f"never read (is {self.window_stride})",
-        )
-        rules.done()
-        return self
-
-
-class Feature(Frozen):
-    """One numeric column and its declared range; public, never taken from data."""
-
-    name: Text = Field(description="the column in the hospitals' files")
-    low: float = Field(ge=-1e100, le=1e100, description="values below are read as this")
-    high: float = Field(ge=-1e100, le=1e100, description="values above are read as this")
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        rules = Rules()
-        rules.require(self.low < self.high, "high", f"must be more than low ({self.low:g})")
-        rules.done()
-        return self
-
-
-class TabularColumns(Frozen):
-    """Which columns of the hospital's files hold what, beside the features."""
-
-    patient: Text | None = Field(
-        "patient", description="the unit of privacy; null: every row is a patient of its own"
-    )
-    label: Text = Field("label", description="the class, one of task.labels")
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        rules = Rules()
-        rules.require(self.label != self.patient, "label", "is also the patient column")
-        rules.done()
-        return self
-
-
-class TabularTask(Frozen):
-    """What is learned: one label for each row of numbers.
-
-    Values are normalised by mean and deviation over all hospitals, which are counted inside the
-    secure sum before training (docs/PRIVACY.md, "Normalisation").
-    """
-
-    kind: Literal["tabular"] = Field(description="tabular: one label for each row of numbers")
-    labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
-        description="every class, in the order of the model's outputs; never discovered from data"
-    )
-    columns: TabularColumns = Field(
-        TabularColumns(), description="column names in the hospitals' files"
-    )
-    features: Annotated[Listed[Feature], Field(min_length=1, max_length=1000)] = Field(
-        description="the numeric columns the model sees, in its inputs' order"
-    )
-    hidden: Annotated[Listed[Width], Field(max_length=8)] = Field(
-        (), description="widths of the hidden layers; none is logistic regression"
-    )
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        rules = Rules()
-        for index in _repeats(self.labels):
-            rules.require(False, f"labels.{index}", "is listed twice")  # noqa: FBT003
-        for index in _repeats(feature.name for feature in self.features):
-            rules.require(False, f"features.{index}.name", "is listed twice")  # noqa: FBT003
-        taken = {self.columns.patient, self.columns.label}
-        for index, feature in enumerate(self.features):
-            where = f"features.{index}.name"
-            rules.require(feature.name not in taken, where, "is also another column")
-        rules.done()
-        return self
-
-
 Task = Annotated[DiagnosisTask | TabularTask, Field(discriminator="kind")]
 
 
@@ -366,6 +218,28 @@ class Evaluation(Frozen):
     every: int = Field(1, ge=1, le=10_000, description="measure after every so many rounds")
     held_out: float = Field(0.2, gt=0, lt=1, description="part of each hospital's patients")
     loss_cap: float = Field(8.0, gt=0, le=64, description="nats at which one loss is cut")
+    score_bins: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="with two labels: bins of the scores' histogram, for AUROC, AUPRC and "
+        "calibration; 0 counts hits alone. More bins are finer, and under privacy noisier",
+    )
+    threshold: float = Field(
+        0.5, gt=0, lt=1, description="probability from which the second label is told"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.score_bins % 2 == 0, "score_bins", "must be even")
+        rules.require(
+            self.score_bins > 0 or self.threshold == 0.5,  # noqa: PLR2004 - the default
+            "threshold",
+            "has no effect without score_bins; remove it",
+        )
+        rules.done()
+        return self
 
 
 class Acceptance(Frozen):
@@ -374,8 +248,8 @@ class Acceptance(Frozen):
     tolerance: float = Field(
         ge=0,
         lt=1,
-        description="accuracy, in [0, 1], that a model may lose against the best accepted one; "
-        "at least five times the released accuracy's noise (`wardround plan` says it)",
+        description="score, in [0, 1], that a model may lose against the best accepted one; at "
+        "least five times the released score's noise (`wardround plan` says it)",
     )
 
 
@@ -549,14 +423,19 @@ class Study(Frozen):
         return self
 
     def _task_rules(self, rules: Rules) -> None:
-        if self.task.kind == "diagnosis":
+        task = self.task
+        message = f"has no effect with task.kind: {task.kind}"
+        if task.pretrained:
             rules.require(self.model is not None, "model", "is missing")
-            message = "has no effect with task.kind: diagnosis; remove it"
-            share = self.privacy.statistics_epsilon
-            rules.require(share is None, "privacy.statistics_epsilon", message)
         else:
-            message = "has no effect with task.kind: tabular, which says what learns; remove it"
-            rules.require(self.model is None, "model", message)
+            told = f"{message}, which says what learns; remove it"
+            rules.require(self.model is None, "model", told)
+        share = self.privacy.statistics_epsilon
+        told = f"{message}, whose inputs are not normalised; remove it"
+        rules.require(share is None or bool(task.features), "privacy.statistics_epsilon", told)
+        two = isinstance(task.outcome, Classes) and len(task.outcome.labels) == 2  # noqa: PLR2004
+        told = "needs a task with exactly two labels"
+        rules.require(two or not self.evaluation.score_bins, "evaluation.score_bins", told)
 
     def _joint_rules(self, rules: Rules) -> None:
         """A joint round is one step of the server's optimiser on everybody's clipped gradients."""
@@ -589,7 +468,7 @@ class Study(Frozen):
         rules.require(
             count >= MIN_SITES, "sites", f"must list at least {MIN_SITES} hospitals (got {count})"
         )
-        for index in _repeats(site.id for site in self.sites):
+        for index in repeats(site.id for site in self.sites):
             rules.require(False, f"sites.{index}.id", "is listed twice")  # noqa: FBT003
 
     def _quorum_rules(self, rules: Rules, count: int) -> None:
@@ -626,10 +505,16 @@ class Study(Frozen):
             )
         if split.classes_per_site is not None:
             rules.require(
-                split.classes_per_site <= len(self.task.labels),
+                split.classes_per_site <= len(self.labels),
                 "simulation.split.classes_per_site",
-                f"is more than the {len(self.task.labels)} labels",
+                f"is more than the {len(self.labels)} labels",
             )
+        rules.require(
+            split.by not in {"dirichlet", "pathological"} or isinstance(self.task.outcome, Classes),
+            "simulation.split.by",
+            f"must be column, iid or quantity with task.kind: {self.task.kind}, where a record has "
+            "no single label",
+        )
         known = {site.id for site in self.sites} or set(simulated_sites(split.sites or 0))
         for index, fault in enumerate(simulation.faults):
             where = f"simulation.faults.{index}"
@@ -645,6 +530,11 @@ class Study(Frozen):
                 "simulation.dropouts_per_round",
                 f"is more than the {spare} that the quorum can spare: no round would end",
             )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes or labels that the model tells apart; none where it predicts a number."""
+        return self.task.outcome.labels
 
     @property
     def diagnosis(self) -> DiagnosisTask:
@@ -672,14 +562,12 @@ class Study(Frozen):
         """What learns and which part of it, in words: (backbone, tuning)."""
         if self.model is not None:
             return self.model.backbone, self.model.tuning
-        task = self.tabular
-        widths = (len(task.features), *task.hidden, len(task.labels))
-        return "-".join(str(width) for width in widths) + " perceptron", "full"
+        return self.task.network_name, "full"
 
     @property
     def feature_count(self) -> int:
         """F, the numeric features whose statistics are counted; 0 where there are none."""
-        return len(self.task.features) if isinstance(self.task, TabularTask) else 0
+        return len(self.task.features)
 
     @property
     def party_count(self) -> int | None:
@@ -741,17 +629,6 @@ def _term(value: object) -> Term:
     if isinstance(value, str | int):
         return value
     raise TypeError(f"a study has no field of type {type(value).__name__}")
-
-
-def _repeats(values: Iterable[str]) -> list[int]:
-    """Positions of values that stand earlier too."""
-    seen: set[str] = set()
-    found = []
-    for index, value in enumerate(values):
-        if value in seen:
-            found.append(index)
-        seen.add(value)
-    return found
 
 
 def simulated_sites(count: int) -> tuple[str, ...]:

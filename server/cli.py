@@ -45,16 +45,18 @@ def _free_folder(wanted: Path | None, stem: str) -> Path:
         number += 1
 
 
-def _view(arguments: argparse.Namespace, title: str, rounds: int) -> RunView:
+def _view(arguments: argparse.Namespace, title: str, study: Study) -> RunView:
+    from common.metrics import TITLES, scoring_of
     from server.table import LiveTable, PlainLines, Silent
 
     if arguments.json:
         return Silent()
+    rounds, score = study.training.rounds, TITLES[scoring_of(study).names[0]]
     if not sys.stdout.isatty():
-        return PlainLines(sys.stdout, rounds=rounds)
+        return PlainLines(sys.stdout, rounds=rounds, score=score)
     from rich.console import Console
 
-    return LiveTable(Console(), title=title, rounds=rounds)
+    return LiveTable(Console(), title=title, rounds=rounds, score=score)
 
 
 # ---------------------------------------------------------------- simulate, resume, demo
@@ -92,7 +94,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
     return _shown(
         arguments,
-        _view(arguments, f"simulation of {study.name}", study.training.rounds),
+        _view(arguments, f"simulation of {study.name}", study),
         lambda view: simulate(
             arguments.study,
             arguments.out,
@@ -136,7 +138,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     return _shown(
         arguments,
-        _view(arguments, f"resumed: {study.name}", study.training.rounds),
+        _view(arguments, f"resumed: {study.name}", study),
         lambda view: resume(
             arguments.folder,
             view=view,
@@ -173,7 +175,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         say("One hospital drops out in round 2; one crashes in round 3 and comes back.")
     return _shown(
         arguments,
-        _view(arguments, "wardround demo (synthetic notes)", study.training.rounds),
+        _view(arguments, "wardround demo (synthetic notes)", study),
         lambda view: simulate(config, arguments.out, view=view, device=arguments.device),
     )
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from common.address import Host, Port, is_loopback, joined_address
 from common.config import Frozen, Rules, beside
-from common.study import FilePath, Listed, Text
+from common.fields import FilePath, Listed, Text
 
 __all__ = ["FORMAT", "Admin", "CoordinatorConfig", "Listen"]
 

@@ -27,6 +27,7 @@ from common.crypto.identity import SiteKey
 from common.errors import Code, ConfigError, StorageError
 from common.evidence import AuditEvidence, Evidence
 from common.logs import ALLOWED, Log
+from common.metrics import scoring_of
 from common.offer import OFFER_FILE, open_offer
 from common.plan import evaluation_rounds
 from common.ports import Clock, Entropy, Transport
@@ -427,7 +428,8 @@ class CoordinatorRun:
             run=machine.record.run.hex(),
             created=datetime.fromtimestamp(unix_seconds(), UTC).isoformat(),
             simulated=False,
-            labels=tuple(study.task.labels),
+            scoring=scoring_of(study),
+            labels=study.labels,
             task=study.task.kind,
             backbone=study.architecture[0],
             tuning=study.architecture[1],

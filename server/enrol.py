@@ -27,13 +27,14 @@ from pydantic import Field, ValidationError
 from common.config import Frozen
 from common.crypto.identity import SiteKey
 from common.errors import Code, ConfigError, ProtocolError, StorageError
+from common.fields import Listed, Name, Text
 from common.ids import is_site_id
 from common.invite import Guest, HexKey, Invite, Join, Moment, Pem, Version, save_small
 from common.keys import key_file, secret_file
 from common.ports import Entropy
 from common.protocol.envelope import COORDINATOR
 from common.roster import Roster, SignedRoster
-from common.study import MAX_SITES, Listed, Name, Text
+from common.study import MAX_SITES
 from common.words import same_words
 from common.world import make_folder, write_durably
 from server.config import CoordinatorConfig

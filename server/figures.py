@@ -7,15 +7,18 @@ shape as well.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from common.metrics import FALLING, TITLES, Interval
 
 if TYPE_CHECKING:
-    from server.report import Evaluation, RoundResult, RunResult, SiteResult
+    from server.report import RoundResult, RunResult, SiteResult
 
 __all__ = ["learning_curve", "sites"]
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
 _DPI = 150
+_CURVES: Final = 2
 _MAX_MARKED = 40
 
 
@@ -52,9 +55,9 @@ def sites(result: RunResult) -> bytes | None:
     axes = figure.subplots()
     for place, site in enumerate(rows):
         _draw_site(axes, place, site)
-    if result.everywhere is not None:
+    if result.everywhere is not None and result.everywhere.primary is not None:
         axes.axvline(
-            result.everywhere.accuracy,
+            result.everywhere.primary,
             color=_BLUE,
             linewidth=1.2,
             linestyle=":",
@@ -62,7 +65,7 @@ def sites(result: RunResult) -> bytes | None:
         )
     axes.set_yticks(range(len(rows)), [_site_label(site) for site in rows])
     axes.set_ylim(-0.6, len(rows) - 0.3)
-    axes.set_xlabel("accuracy on held-out patients (its own, unless said), 95 % interval")
+    axes.set_xlabel(f"{result.score} on held-out patients (its own, unless said), 95 % interval")
     _tidy(axes, grid="x")
     axes.set_title(f"{result.study}: alone and together (simulation only)", **_TITLE)
     _legend(axes)
@@ -74,12 +77,13 @@ _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10.5, "fontweight": "bold",
 
 def _draw_quality(axes: Any, result: RunResult) -> None:
     measured = [r for r in result.completed if r.metrics is not None]
-    for name, colour, mark, line in (
-        ("accuracy", _BLUE, "o", "-"),
-        ("macro_f1", _ORANGE, "s", "--"),
-    ):
-        points = [(r.turn, getattr(r.metrics, name)) for r in measured]
-        points = [(number, value) for number, value in points if value is not None]
+    shown = result.scoring.names[:_CURVES]
+    if result.scoring.names[0] in FALLING:
+        shown = shown[:1]
+    styles = ((_BLUE, "o", "-"), (_ORANGE, "s", "--"))
+    for name, (colour, mark, line) in zip(shown, styles, strict=False):
+        told = [(r.turn, r.metrics.scores[name]) for r in measured if r.metrics is not None]
+        points = [(number, value) for number, value in told if value is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True),
@@ -89,19 +93,19 @@ def _draw_quality(axes: Any, result: RunResult) -> None:
                 markerfacecolor=colour if mark == "o" else "none",
                 linewidth=1.6,
                 linestyle=line,
-                label=name.replace("_", " ").replace("f1", "F1"),
+                label=TITLES[name],
             )
-    if result.central is not None:
+    if result.central is not None and result.central.primary is not None:
         axes.axhline(
-            result.central.accuracy,
+            result.central.primary,
             color=_GREEN,
             linewidth=1.2,
             linestyle=":",
-            label="accuracy, trained centrally",
+            label=f"{result.score}, trained centrally",
         )
     _draw_aborted(axes, [r for r in result.rounds if r.code is not None])
-    axes.set_ylabel("accuracy, F1")
-    axes.set_ylim(0, 1)
+    axes.set_ylabel(", ".join(TITLES[name] for name in shown))
+    axes.set_ylim(0, None if result.scoring.names[0] in FALLING else 1)
     _tidy(axes, grid="y")
     _legend(axes)
 
@@ -138,19 +142,19 @@ def _draw_epsilon(axes: Any, result: RunResult) -> None:
 
 
 def _draw_site(axes: Any, place: int, site: SiteResult) -> None:
-    if site.together is not None and site.alone is not None:
-        pair = [site.alone.accuracy, site.together.accuracy]
+    pair = [found.primary for found in (site.alone, site.together) if found is not None]
+    if len(pair) == 2 and None not in pair:  # noqa: PLR2004 - both were measured
         axes.plot(pair, [place + 0.13, place - 0.13], color="#BDBDBD", linewidth=2, zorder=1)
     for found, colour, mark, shift, name in (
         (site.alone, _ORANGE, "s", 0.13, "alone"),
         (site.together, _BLUE, "o", -0.13, "together"),
         (site.alone_everywhere, _RED, "^", 0.32, "alone, on all"),
     ):
-        if found is not None:
+        if found is not None and found.primary is not None:
             axes.errorbar(
-                found.accuracy,
+                found.primary,
                 place + shift,
-                xerr=_errors(found),
+                xerr=_errors(found.primary, found.ends),
                 fmt=mark,
                 color=colour,
                 markersize=6,
@@ -161,15 +165,15 @@ def _draw_site(axes: Any, place: int, site: SiteResult) -> None:
             )
 
 
-def _errors(found: Evaluation) -> list[list[float]]:
-    low, high = found.intervals.accuracy
-    return [[max(0.0, found.accuracy - low)], [max(0.0, high - found.accuracy)]]
+def _errors(value: float, ends: Interval) -> list[list[float]]:
+    low, high = ends
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _gain(site: SiteResult) -> float:
-    if site.alone is None or site.together is None:
-        return 0.0
-    return site.together.accuracy - site.alone.accuracy
+    alone = None if site.alone is None else site.alone.primary
+    together = None if site.together is None else site.together.primary
+    return 0.0 if alone is None or together is None else together - alone
 
 
 def _site_label(site: SiteResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.errors import Code
-from common.metrics import Metrics, metrics_from_words
+from common.metrics import Metrics, scoring_of
 from common.protocol.terms import Terms
 from common.study import Study
 from server.history import History
@@ -70,8 +70,7 @@ class Keeper:
     def _measured(self, result: Completed) -> Metrics | None:
         if result.metrics is None:
             return None
-        labels, cap = self._study.task.labels, self._study.evaluation.loss_cap
-        metrics = metrics_from_words(result.metrics, labels, loss_cap=cap)
+        metrics = scoring_of(self._study).read(result.metrics)
         # A round measures the model that it starts from: the one of the turn before.
         self.history.measured(result.turn - 1, metrics, rejected=result.rejected)
         return metrics

@@ -10,13 +10,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import Code, StorageError
 from common.joint import audiences
-from common.metrics import Intervals, Metrics
+from common.metrics import FALLING, TITLES, Interval, Metrics, Scoring
 from server.table import Rollbacks, amount, duration, epsilon_range
 
 if TYPE_CHECKING:
@@ -91,12 +91,28 @@ class RoundResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Exact metrics of one model at one site; only a simulation may hold them."""
+    """Exact metrics of one model at one site; only a simulation may hold them.
+
+    Attributes:
+        scores: by name, the one that models are compared by first; None where it cannot be said.
+        intervals: 95 %, by name; a score without one is left out.
+    """
 
     n: int
-    accuracy: float
-    macro_f1: float
-    intervals: Intervals
+    scores: Mapping[str, float | None]
+    intervals: Mapping[str, Interval]
+
+    @property
+    def primary(self) -> float | None:
+        """The score that models are compared by."""
+        return next(iter(self.scores.values()))
+
+    @property
+    def ends(self) -> Interval:
+        """The interval of that score; the score itself where there is none."""
+        name, value = next(iter(self.scores.items()))
+        known = 0.0 if value is None else value
+        return self.intervals.get(name, (known, known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +183,7 @@ class PrivacyFacts:
             answers and in the sites.
         answers: training epsilon by accountant, from the ledger of the site that spent most.
         evaluation_answers: the same for its held-out patients.
-        evaluation_noise: Gaussian noise over the sensitivity sqrt(2) of one patient.
+        evaluation_noise: Gaussian noise over the sensitivity of one patient.
         statistics_noise: the same for the normalisation statistics, over sqrt(3/8 x features); None
             where the study has none. Their epsilon is part of the training's.
         audiences: with joint privacy, the training's epsilon by who conspires.
@@ -212,6 +228,7 @@ class RunResult:
         everywhere: the final model on the held-out patients of all sites, exact.
         test: the same where these are the records of the study's test files.
         ended: why the run ended before its last round; None where it did not.
+        scoring: what was measured. labels: what the model tells apart, if anything.
     """
 
     study: str
@@ -219,6 +236,7 @@ class RunResult:
     run: str
     created: str
     simulated: bool
+    scoring: Scoring
     labels: tuple[str, ...]
     task: str
     backbone: str
@@ -248,6 +266,11 @@ class RunResult:
         exact = self.everywhere or self.test or self.central
         if not self.simulated and (any(revealing) or exact):
             raise ValueError("only a simulation may hold one site's metrics or counts")
+
+    @property
+    def score(self) -> str:
+        """What models are compared by, in words."""
+        return TITLES[self.scoring.names[0]]
 
     @property
     def completed(self) -> tuple[RoundResult, ...]:
@@ -335,15 +358,14 @@ def metrics_json(result: RunResult) -> dict[str, Any]:
         "audit_verified": result.audit_verified,
         "wall_seconds": result.wall_seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "rounds": [_round_json(entry) for entry in result.rounds],
+        "rounds": [_round_json(entry, result.scoring.names) for entry in result.rounds],
     }
 
 
 def _final_metrics(result: RunResult) -> dict[str, Any]:
     final = result.final
     found: dict[str, Any] = {
-        "accuracy": None if final is None else final.accuracy,
-        "macro_f1": None if final is None else final.macro_f1,
+        **(dict.fromkeys(result.scoring.names) if final is None else final.scores),
         "noised": result.privacy.evaluation_noise is not None,
         "released": None if final is None else final.to_json(),
     }
@@ -359,14 +381,13 @@ def _final_metrics(result: RunResult) -> dict[str, Any]:
     return found
 
 
-def _round_json(entry: RoundResult) -> dict[str, Any]:
+def _round_json(entry: RoundResult, names: Sequence[str]) -> dict[str, Any]:
     metrics = entry.metrics
-    values = asdict(entry)
+    values = asdict(replace(entry, metrics=None))
     del values["metrics"]
     return {
         **values,
-        "accuracy": None if metrics is None else metrics.accuracy,
-        "macro_f1": None if metrics is None else metrics.macro_f1,
+        **(dict.fromkeys(names) if metrics is None else metrics.scores),
         "loss": None if metrics is None else metrics.loss,
     }
 
@@ -386,9 +407,8 @@ def _evaluation_json(found: Evaluation | None) -> dict[str, Any] | None:
         return None
     return {
         "n": found.n,
-        "accuracy": found.accuracy,
-        "macro_f1": found.macro_f1,
-        "interval_95": found.intervals.to_json(),
+        **found.scores,
+        "interval_95": {name: list(ends) for name, ends in found.intervals.items()},
     }
 
 
@@ -508,7 +528,8 @@ def _guarantee(result: RunResult) -> dict[str, Any]:
             "rounds_released": max((s.rounds_released for s in result.sites), default=0),
         },
         "evaluation": {
-            "name": "Gaussian mechanism on confusion matrix and bounded loss, sensitivity sqrt(2)",
+            "name": f"Gaussian mechanism on {result.scoring.told}, sensitivity "
+            f"sqrt({round(result.scoring.sensitivity**2)})",
             "noise_multiplier": facts.evaluation_noise,
             "releases": facts.evaluation_releases,
             "epsilon_target": facts.evaluation_epsilon,
@@ -568,7 +589,7 @@ def _card_head(result: RunResult) -> str:
             "",
             origin,
             "",
-            f"- Task: {result.task}, {len(result.labels)} labels: {_escaped(result.labels)}",
+            f"- Task: {result.task}{_told_labels(result.labels)}",
             (
                 f"- Backbone: `{result.backbone}`, tuning `{result.tuning}`, "
                 f"{result.parameters:,} trained parameters"
@@ -582,7 +603,8 @@ def _card_head(result: RunResult) -> str:
 
 def _card_tags(result: RunResult) -> list[str]:
     if result.task == "tabular":
-        return ["library_name: wardround", "pipeline_tag: tabular-classification"]
+        kind = "classification" if result.labels else "regression"
+        return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 
@@ -658,19 +680,16 @@ def _card_privacy(result: RunResult) -> str:
 def _card_quality(result: RunResult) -> str:
     lines = ["## Quality", ""]
     final = result.final
-    if final is None or final.accuracy is None or final.macro_f1 is None:
+    if final is None or final.primary is None:
         return "\n".join([*lines, "The model was not measured."])
     noised = result.privacy.evaluation_noise is not None
     origin = "released, with privacy noise" if noised else "exact masked sums"
     lines += [
-        (
-            f"Over the held-out patients of all hospitals ({origin}): "
-            f"accuracy {final.accuracy:.3f}, macro F1 {final.macro_f1:.3f}."
-        ),
-        "",
-        "| label | precision | recall | F1 | patients |",
-        "|---|---:|---:|---:|---:|",
+        (f"Over the held-out patients of all hospitals ({origin}): {_scores(final.scores)}."),
     ]
+    if final.classes:
+        header = "| label | precision | recall | F1 | patients |"
+        lines += ["", header, "|---|---:|---:|---:|---:|"]
     lines += [
         f"| {_escaped((row.label,))} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} "
         f"| {row.support:.0f} |"
@@ -719,7 +738,7 @@ def site_table(result: RunResult) -> str:
 def site_rows(
     result: RunResult, *, cell: Callable[[Evaluation | None], str]
 ) -> list[tuple[str, ...]]:
-    """The rows of `SITE_COLUMNS`, the mean last; `cell` writes one accuracy.
+    """The rows of `SITE_COLUMNS`, the mean last; `cell` writes one score.
 
     Raises:
         ValueError: the run was no simulation.
@@ -750,7 +769,7 @@ def _site_row(site: SiteResult, cell: Callable[[Evaluation | None], str]) -> tup
 
 
 def _mean(found: Sequence[Evaluation | None]) -> float | None:
-    values = [one.accuracy for one in found if one is not None]
+    values = [one.primary for one in found if one is not None and one.primary is not None]
     return math.fsum(values) / len(values) if values else None
 
 
@@ -867,18 +886,18 @@ def _quality_lines(result: RunResult) -> list[str]:
     alone = _mean([site.alone for site in result.sites])
     own = _mean([site.together for site in result.sites])
     wide = _mean([site.alone_everywhere for site in result.sites])
-    lines = []
+    score, lines = result.score, []
     if own is not None:
         compared = "" if alone is None else f"alone {alone:.3f}, "
-        lines.append(f"accuracy on a hospital's own patients (mean): {compared}together {own:.3f}")
-    if result.everywhere is not None:
+        lines.append(f"{score} on a hospital's own patients (mean): {compared}together {own:.3f}")
+    if result.everywhere is not None and result.everywhere.primary is not None:
         compared = "" if wide is None else f"alone {wide:.3f} (mean), "
-        together = result.everywhere.accuracy
-        lines.append(f"accuracy on everybody's patients: {compared}together {together:.3f}")
+        together = result.everywhere.primary
+        lines.append(f"{score} on everybody's patients: {compared}together {together:.3f}")
     final = result.final
-    if not result.simulated and final is not None and final.accuracy is not None:
+    if not result.simulated and final is not None and final.primary is not None:
         noised = "" if result.privacy.evaluation_noise is None else ", with noise for privacy"
-        told = f"accuracy on everybody's held-out patients{noised}: {final.accuracy:.3f}"
+        told = f"{score} on everybody's held-out patients{noised}: {final.primary:.3f}"
         lines.append(told)
     return lines
 
@@ -897,9 +916,13 @@ def _verdict(result: RunResult, *, held: bool) -> str:
     private = "" if result.privacy.mode == "none" else ", every privacy budget held"
     wide = _mean([site.alone_everywhere for site in result.sites])
     gain = ""
-    if wide is not None and result.everywhere is not None:
-        points = 100 * (result.everywhere.accuracy - wide)
-        gain = f"; together {points:+.1f} points on everybody's patients against alone"
+    if wide is not None and result.everywhere is not None and result.everywhere.primary is not None:
+        gained = result.everywhere.primary - wide
+        if result.scoring.names[0] in FALLING:
+            told = f"{gained / wide:+.0%} {result.score}" if wide else f"{gained:+.3g}"
+        else:
+            told = f"{100 * gained:+.1f} points"
+        gain = f"; together {told} on everybody's patients against alone"
     return f"{unread}{private}{gain}{_standing(result)}"
 
 
@@ -927,30 +950,41 @@ def _card_limits(result: RunResult) -> str:
 
 
 def _sentence(found: Evaluation) -> str:
-    low, high = found.intervals.accuracy
-    return (
-        f"accuracy {found.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), "
-        f"macro F1 {found.macro_f1:.3f}, n = {found.n}"
+    (name, first), *others = found.scores.items()
+    low, high = found.ends
+    lines = [f"{_scores({name: first})} (95 % interval {low:.3f} to {high:.3f})"]
+    return ", ".join([*lines, *([_scores(dict(others))] if others else []), f"n = {found.n}"])
+
+
+def _scores(scores: Mapping[str, float | None]) -> str:
+    """Scores in words; one that cannot be said is a dash."""
+    return ", ".join(
+        f"{TITLES[name]} {'-' if value is None else f'{value:.3f}'}"
+        for name, value in scores.items()
     )
 
 
 def _cell(found: Evaluation | None) -> str:
-    if found is None:
+    if found is None or found.primary is None:
         return "-"
-    low, high = found.intervals.accuracy
-    return f"{found.accuracy:.3f} ({low:.3f}-{high:.3f})"
+    low, high = found.ends
+    return f"{found.primary:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _short_cell(found: Evaluation | None) -> str:
     """For a narrow screen: half the width of the interval behind the number."""
-    if found is None:
+    if found is None or found.primary is None:
         return "-"
-    low, high = found.intervals.accuracy
-    return f"{found.accuracy:.2f} ±{(high - low) / 2:.2f}"
+    low, high = found.ends
+    return f"{found.primary:.2f} ±{(high - low) / 2:.2f}"
 
 
 def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _told_labels(labels: tuple[str, ...]) -> str:
+    return f", {len(labels)} labels: {_escaped(labels)}" if labels else ""
 
 
 def _escaped(labels: tuple[str, ...]) -> str:

@@ -40,7 +40,7 @@ from common.config import load
 from common.crypto.identity import SiteKey
 from common.errors import AbortedRound, Code, StorageError, WardroundError
 from common.evidence import AuditEvidence, Evidence
-from common.metrics import bootstrap_interval, metrics_from_words, words_from_counts
+from common.metrics import scoring_of, words_from_counts
 from common.plan import evaluation_rounds, plan
 from common.ports import Entropy, Transport
 from common.protocol.transcript import Chain
@@ -294,10 +294,11 @@ class SimulatedRun:
         )
         self._network.driver = self._driver
         self._network.dropping, self._network.crashing = _accidents(bundle, federation)
-        # How far, about, a released accuracy may be off; one user knows all patient counts here.
-        self._accuracy_noise = plan(
+        self._scoring = scoring_of(bundle.study)
+        # How far, about, a released score may be off; one user knows all patient counts here.
+        self._score_noise = plan(
             bundle.study, bundle.layout.size, patients=federation.patients
-        ).evaluation.accuracy_noise
+        ).evaluation.score_noise
         self._keeper = Keeper(
             self._history,
             bundle.study,
@@ -442,8 +443,8 @@ class SimulatedRun:
             self._view.measured(
                 result.turn - 1,
                 metrics.loss,
-                metrics.accuracy,
-                noise=self._accuracy_noise,
+                metrics.primary,
+                noise=self._score_noise,
                 rejected=result.rejected,
             )
         self._events.info(
@@ -547,7 +548,7 @@ class SimulatedRun:
         study, bundle = self._bundle.study, self._bundle
         machine = self._driver.machine
         counts = {v: self._federation.counts(v, state) for v in self._names}
-        everywhere = self._evaluation(sum(counts.values(), np.zeros_like(counts[self._names[0]])))
+        everywhere = self._evaluation(np.concatenate(list(counts.values())))
         sites = tuple(self._site_result(v, counts[v]) for v in self._names)
         if self._final is None:
             raise AssertionError("a result needs the final model")
@@ -557,7 +558,8 @@ class SimulatedRun:
             run=machine.record.run.hex(),
             created=datetime.fromtimestamp(unix_seconds(), UTC).isoformat(),
             simulated=True,
-            labels=tuple(study.task.labels),
+            scoring=self._scoring,
+            labels=study.labels,
             task=study.task.kind,
             backbone=study.architecture[0],
             tuning=study.architecture[1],
@@ -587,7 +589,7 @@ class SimulatedRun:
         self._view.note(f"training {name} alone, for the comparison")
         state = self._federation.alone(name, self._bundle)
         counts = {v: self._federation.counts(v, state) for v in self._names}
-        everywhere = sum(counts.values(), np.zeros_like(counts[name]))
+        everywhere = np.concatenate(list(counts.values()))
         return self._evaluation(counts[name]), self._evaluation(everywhere)
 
     def _site_result(self, name: str, counts: NDArray[np.float64]) -> SiteResult:
@@ -609,18 +611,9 @@ class SimulatedRun:
         )
 
     def _evaluation(self, counts: NDArray[np.float64]) -> Evaluation:
-        study = self._bundle.study
-        labels = study.task.labels
-        measured = metrics_from_words(
-            words_from_counts(counts), labels, loss_cap=study.evaluation.loss_cap
-        )
-        confusion = counts[:-1].reshape(len(labels), len(labels))
-        return Evaluation(
-            n=round(float(confusion.sum())),
-            accuracy=measured.accuracy or 0.0,
-            macro_f1=measured.macro_f1 or 0.0,
-            intervals=bootstrap_interval(confusion),
-        )
+        """Of exact metric vectors (k, M): a patient's each, or of many summed."""
+        measured = self._scoring.read(words_from_counts(counts.sum(axis=0)))
+        return Evaluation(round(measured.n), measured.scores, self._scoring.intervals(counts))
 
     def _privacy(self) -> PrivacyFacts:
         from common.accountant import epsilon, epsilon_rdp

@@ -31,7 +31,7 @@ _NOTES_SHOWN = 3
 _WIDE = 96
 _KIND = {"evaluate": "final evaluation", "statistics": "statistics of numeric features"}
 _SHORT_KIND = {"evaluate": "final", "statistics": "stats"}
-_QUALITY = slice(4, 6)  # loss and accuracy in a row of the table
+_QUALITY = slice(4, 6)  # loss and score in a row of the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ class RunView:
         self,
         number: int,
         loss: float | None,
-        accuracy: float | None,
+        score: float | None,
         *,
         noise: float | None,
         rejected: bool = False,
     ) -> None:
-        """The model after training round `number`; `noise` is the accuracy's, from privacy.
+        """The model after training round `number`; `noise` is the score's, from privacy.
 
         It is told with the round that comes next, because that is where the model is measured.
         Number 0 is the initial model; a `rejected` one was rolled back by the acceptance gate.
@@ -131,10 +131,12 @@ class PlainLines(RunView):
     Args:
         stream: where the lines go.
         rounds: how many rounds the run is to have, for the time left.
+        score: what models are compared by, in words.
     """
 
-    def __init__(self, stream: TextIO, *, rounds: int) -> None:
+    def __init__(self, stream: TextIO, *, rounds: int, score: str = "accuracy") -> None:
         self._stream = stream
+        self._score = score
         self._rounds = rounds
         self._seconds: list[float] = []
         self._rollbacks = Rollbacks()
@@ -163,17 +165,22 @@ class PlainLines(RunView):
         self,
         number: int,
         loss: float | None,
-        accuracy: float | None,
+        score: float | None,
         *,
         noise: float | None,
         rejected: bool = False,
     ) -> None:
         """A line of its own."""
         self._rollbacks.measured(number, rejected=rejected)
-        told = [f"{name} {value:.3f}" for name, value in _quality(loss, accuracy)]
+        told = [
+            f"{name} {value:.3f}"
+            for name, value in (("loss", loss), (self._score, score))
+            if value is not None
+        ]
         if told:
             back = f"  rolled back{_in_a_row(self._rollbacks)}" if rejected else ""
-            self._line(f"  model after round {number}: {'  '.join(told)}{_noised(noise)}{back}")
+            noised = _noised(self._score, noise)
+            self._line(f"  model after round {number}: {'  '.join(told)}{noised}{back}")
 
     def round_aborted(
         self, number: int, kind: str, reason: str, waiting_for: Sequence[str] = ()
@@ -211,13 +218,17 @@ class LiveTable(RunView):
         console: the terminal, as a rich console.
         title: what runs.
         rounds: how many rounds the run is to have.
+        score: what models are compared by, in words.
     """
 
     live = True
 
-    def __init__(self, console: Console, *, title: str, rounds: int) -> None:
+    def __init__(
+        self, console: Console, *, title: str, rounds: int, score: str = "accuracy"
+    ) -> None:
         from rich.live import Live
 
+        self._score = score
         self._title = title
         self._rounds = rounds
         self._rows: list[tuple[str, ...]] = []
@@ -277,20 +288,19 @@ class LiveTable(RunView):
         self,
         number: int,
         loss: float | None,
-        accuracy: float | None,
+        score: float | None,
         *,
         noise: float | None,
         rejected: bool = False,
     ) -> None:
         """Fill the numbers into the row of the round that made the model."""
-        told = dict(_quality(loss, accuracy))
-        cells = tuple(f"{told[key]:.3f}" if key in told else "" for key in ("loss", "accuracy"))
+        cells = tuple("" if value is None else f"{value:.3f}" for value in (loss, score))
         for at in range(len(self._rows) - 1, -1, -1):
             row = self._rows[at]
             if row[0] == str(number) and len(row) > _QUALITY.stop:
                 self._rows[at] = (*row[: _QUALITY.start], *cells, *row[_QUALITY.stop :])
                 break
-        self._quality_note = _noised(noise).strip()
+        self._quality_note = _noised(self._score, noise).strip()
         self._rollbacks.measured(number, rejected=rejected)
         if rejected:
             often = _in_a_row(self._rollbacks)
@@ -340,7 +350,7 @@ class LiveTable(RunView):
             padding=(0, 1 if self._console.width >= _WIDE else 0, 0, 0),
             pad_edge=False,
         )
-        for name in ("round", "cohort", "survivors", "quorum", "loss", "accuracy"):
+        for name in ("round", "cohort", "survivors", "quorum", "loss", self._score):
             side: Literal["left", "right"] = "left" if name == "survivors" else "right"
             table.add_column(name, justify=side, no_wrap=True)
         for name in ("ε of cap", "bytes up", "left"):
@@ -427,14 +437,8 @@ def _headed(number: int, kind: str, rounds: int) -> str:
     return f"round {number}/{rounds}" if kind == "train" else _KIND.get(kind, kind)
 
 
-def _noised(noise: float | None) -> str:
-    return f"  (privacy noise on the accuracy: about ±{noise:.2f})" if noise else ""
-
-
-def _quality(loss: float | None, accuracy: float | None) -> list[tuple[str, float]]:
-    """What was measured; a noised sum may have left nothing to divide by."""
-    pairs = (("loss", loss), ("accuracy", accuracy))
-    return [(name, value) for name, value in pairs if value is not None]
+def _noised(score: str, noise: float | None) -> str:
+    return f"  (privacy noise on the {score}: about ±{noise:.2f})" if noise else ""
 
 
 def _in_a_row(rollbacks: Rollbacks) -> str:

@@ -1,21 +1,33 @@
-"""One clinical note, or one row of numbers, of one patient, and where it was read."""
+"""One case of one patient, as a task sees it, and where it was read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from common.errors import Code, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Record", "by_patient", "require_disjoint"]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A note, or a row of numbers, as it stands in a file.
+    """A note, a row of numbers, an image, a series, or a list of codes: whatever the task reads.
 
-    `text` is empty where a file has numbers; `values` are those, NaN where one is missing.
-    `patient` is the unit of privacy. `label` is None only where a file is read to be predicted.
+    What a task does not read is empty. What it is to predict is `label` (one class), `labels` (any
+    of several), `number` (a quantity, or a time) with `event` (whether the time ended in one);
+    they are missing where a file is read to be predicted.
+
+    Shapes:
+        values: numbers in the order of the study's features, NaN where one is missing. series:
+        (T, F) the same by hour. image: (H, W) or (H, W, 3) uint8.
+    `patient` is the unit of privacy. `groups` are the subgroups it is counted in.
     `file` and `line` (1-based; the row's number in Parquet) say where the record begins.
     """
 
@@ -26,6 +38,14 @@ class Record:
     file: str
     line: int
     values: tuple[float, ...] = ()
+    encounter: str = ""
+    labels: tuple[str, ...] = ()
+    number: float = math.nan
+    event: bool | None = None
+    series: NDArray[np.float32] | None = field(default=None, compare=False)
+    codes: tuple[str, ...] = ()
+    image: NDArray[np.uint8] | None = field(default=None, compare=False)
+    groups: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

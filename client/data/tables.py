@@ -50,8 +50,9 @@ class TableColumns:
 
     text None: the file has no notes. patient None: every row is its own patient. label None: the
     file is read to be predicted. site None: the file belongs to one site. `numbers` are numeric
-    columns, in the order of a record's values. `most` is how many records of one patient are
-    taken; None takes all.
+    columns, in the order of a record's values; `codes` are text, which may be empty, in the order
+    of its codes. `number`, or `time` with `event` (1 or 0), is what is to be predicted. `most` is
+    how many records of one patient are taken; None takes all.
     """
 
     text: str | None
@@ -59,6 +60,10 @@ class TableColumns:
     label: str | None = None
     site: str | None = None
     numbers: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    number: str | None = None
+    time: str | None = None
+    event: str | None = None
     most: int | None = None
 
     def told(self) -> tuple[str, ...]:
@@ -67,8 +72,12 @@ class TableColumns:
         return tuple(name for name in given if name is not None)
 
     def wanted(self) -> tuple[str, ...]:
-        """The columns to look for: text, then numbers."""
-        return (*self.told(), *self.numbers)
+        """The columns to look for: text, numbers, codes, then what is to be predicted."""
+        return (*self.told(), *self.numbers, *self.codes, *self.predicted())
+
+    def predicted(self) -> tuple[str, ...]:
+        """The numeric columns of what is to be predicted."""
+        return tuple(name for name in (self.number, self.time, self.event) if name is not None)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,8 @@ class _RecordMaker:
             for name, cell in zip(told, cells[: len(told)], strict=True)
         }
         own = f"{self._file}#{line}"
+        first, second = len(told) + len(columns.numbers), len(columns.numbers) + len(columns.codes)
+        target = dict(zip(columns.predicted(), cells[len(told) + second :], strict=True))
         return Record(
             patient=own if columns.patient is None else values[columns.patient].strip(),
             text="" if columns.text is None else values[columns.text],
@@ -177,9 +188,38 @@ class _RecordMaker:
             line=line,
             values=tuple(
                 self._number(line, name, cell)
-                for name, cell in zip(columns.numbers, cells[len(told) :], strict=True)
+                for name, cell in zip(columns.numbers, cells[len(told) : first], strict=True)
             ),
+            codes=tuple(
+                self._code(line, name, cell)
+                for name, cell in zip(columns.codes, cells[first : len(told) + second], strict=True)
+            ),
+            number=self._target(line, columns.number or columns.time, target),
+            event=self._event(line, columns.event, target),
         )
+
+    def _target(self, line: int, name: str | None, target: Mapping[str, Any]) -> float:
+        """The number to predict, or the time to an event: it must be there."""
+        if name is None:
+            return math.nan
+        value = self._number(line, name, target[name])
+        if math.isnan(value):
+            raise DataError(Code.DATA_VALUE, f"{self._file}:{line}: column {name} is empty.")
+        return value
+
+    def _event(self, line: int, name: str | None, target: Mapping[str, Any]) -> bool | None:
+        if name is None:
+            return None
+        value = self._target(line, name, target)
+        if value not in {0.0, 1.0}:
+            raise DataError(Code.DATA_VALUE, f"{self._file}:{line}: column {name} is not 1 or 0.")
+        return value == 1.0
+
+    def _code(self, line: int, name: str, cell: Any) -> str:
+        """A cell as text, and empty where it is missing."""
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            return ""
+        return self._text(line, name, cell).strip()
 
     def _number(self, line: int, name: str, cell: Any) -> float:
         """A finite number, or NaN where the cell is empty or a question mark."""

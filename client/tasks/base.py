@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Learner", "Normalising", "Probing", "metric_vector", "owners_of", "spread_evenly"]
+__all__ = ["Learner", "Normalising", "Probing", "owners_of"]
 
 Index = NDArray[np.int64]
 
@@ -58,9 +58,8 @@ class Learner(Protocol):
     def measure(self) -> NDArray[np.float64]:
         """The metric vector of the module as it stands, over held-out patients, without noise.
 
-        Shapes: (L*L + 1,) float64: confusion counts by (true, predicted), then the sum of
-            min(loss, cap) / cap.
-        Guarantee: each patient adds a total of 1 to the counts and at most 1 to the loss.
+        Shapes: (M,) float64, as the study's scoring says (common/metrics.py).
+        Guarantee: each patient changes it by at most the scoring's sensitivity.
         """
         ...
 
@@ -99,23 +98,6 @@ class Probing(Protocol):
         ...
 
 
-def metric_vector(
-    logits: torch.Tensor, labels: torch.Tensor, weight: NDArray[np.float64], loss_cap: float
-) -> NDArray[np.float64]:
-    """The metric vector of weighted records (see `Learner.measure`).
-
-    Shapes: logits (r, L), labels (r,) int64, weight (r,); returns (L*L + 1,) float64.
-    """
-    count = logits.shape[1]
-    vector = np.zeros(count * count + 1)
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    found = logits.argmax(dim=1).cpu().numpy()
-    np.add.at(vector, labels.cpu().numpy() * count + found, weight)
-    capped = np.nan_to_num(losses.double().cpu().numpy(), nan=loss_cap, posinf=np.inf)
-    vector[-1] = float(weight @ np.minimum(capped, loss_cap)) / loss_cap
-    return vector
-
-
 def owners_of(starts: Index, chosen: Index) -> tuple[Index, Index]:
     """The members of chosen groups, where group g holds members starts[g] to starts[g + 1].
 
@@ -127,9 +109,3 @@ def owners_of(starts: Index, chosen: Index) -> tuple[Index, Index]:
     first = np.cumsum(sizes) - sizes
     members = np.arange(len(owner), dtype=np.int64) - first[owner] + starts[chosen][owner]
     return members, owner
-
-
-def spread_evenly(starts: Index) -> NDArray[np.float64]:
-    """A weight for each member such that every group weighs 1 in total."""
-    sizes = np.diff(starts)
-    return np.repeat(1.0 / np.maximum(sizes, 1), sizes)

@@ -20,11 +20,11 @@ from torch.nn import functional
 from client.data.records import Record, by_patient
 from client.devices import computes_in_bfloat16
 from client.tasks.backbone import Backbone
-from client.tasks.base import Index, metric_vector, owners_of, spread_evenly
+from client.tasks.base import Index, owners_of
 from client.tasks.network import Network, network_for
+from client.tasks.outcomes import measured, targets_of
 from client.tasks.text import Encoder, Reading, batch_inputs
-from common.errors import Code, DataError
-from common.metrics import metric_length
+from common.metrics import scoring_of
 from common.study import Study
 
 __all__ = ["DiagnosisLearner"]
@@ -92,8 +92,7 @@ class DiagnosisLearner:
     ) -> None:
         self._study, self._backbone = study, backbone
         self._device = device
-        self._labels = tuple(study.task.labels)
-        self._loss_cap = study.evaluation.loss_cap
+        self._scoring = scoring_of(study)
         self._network = network_for(study, backbone, device)
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
         self._private = study.privacy.mode != "none"
@@ -159,21 +158,30 @@ class DiagnosisLearner:
     def measure(self) -> NDArray[np.float64]:
         """The metric vector over held-out patients (see `Learner`).
 
-        Shapes: (L*L + 1,) float64.
+        Shapes: (M,) float64.
         """
         notes = self._held_out
         if notes.patient_count == 0:
-            return np.zeros(metric_length(len(self._labels)))
+            return np.zeros(self._scoring.length)
         with torch.no_grad():
             logits = self._logits(notes)
-        return metric_vector(logits, notes.labels, spread_evenly(notes.patients), self._loss_cap)
+        found = measured(
+            self._study.task.outcome,
+            self._scoring,
+            logits,
+            notes.labels,
+            notes.patients,
+            loss_cap=self._study.evaluation.loss_cap,
+        )
+        total: NDArray[np.float64] = found.sum(axis=0)
+        return total
 
     def _prepare(self, records: Sequence[Record], encoder: Encoder) -> _Notes:
         groups = by_patient(records)
         order = [records[at] for group in groups.values() for at in group]
         sizes = [0, *(len(group) for group in groups.values())]
         encoded = encoder([record.text for record in order])
-        labels = torch.tensor([self._label(record) for record in order], dtype=torch.int64)
+        labels = targets_of(self._study.task.outcome, order)
         features = None
         if self._network.extractor is not None:
             features = self._pool(self._features(encoded.rows), encoded.starts)
@@ -184,13 +192,6 @@ class DiagnosisLearner:
             rows=() if features is not None else encoded.rows,
             features=features,
         )
-
-    def _label(self, record: Record) -> int:
-        try:
-            return self._labels.index(record.label or "")
-        except ValueError:
-            message = f"{record.where}: has a label that is not in the study."
-            raise DataError(Code.DATA_LABEL, message) from None
 
     def _features(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         extractor = self._network.extractor
@@ -278,7 +279,7 @@ def _sum_by(values: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tens
 
 def probe_of(study: Study, backbone: Backbone, device: torch.device) -> DiagnosisLearner:
     """The study's network over fixed public notes: what is tried before anybody's records are."""
-    labels = study.task.labels
+    labels = study.labels
     records = [
         Record(patient, text, labels[at % len(labels)], None, "probe", at + 1)
         for at, (patient, text) in enumerate(_PROBE)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.study import DiagnosisTask
+from common.tasks.diagnosis import DiagnosisTask
 
 __all__ = ["ENGLISH_STOP_WORDS", "Cleaner", "Encoded", "Encoder", "Reading", "batch_inputs"]
 

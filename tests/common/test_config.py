@@ -21,7 +21,8 @@ from common.config import (
     read_text,
 )
 from common.errors import Code, ConfigError
-from common.study import Listed, Study
+from common.fields import Listed
+from common.study import Study
 
 MINIMAL = """\
 format: wardround-study/1

@@ -14,7 +14,7 @@ from common.bundle import resolve
 from common.config import ConfigFileError, parse
 from common.errors import Code, DataError
 from common.gate import PREFIX, Gate, standing
-from common.metrics import METRIC_SCALE
+from common.metrics import METRIC_SCALE, ClassScoring
 from common.plan import evaluation_rounds, plan
 from common.protocol.terms import METRIC_LANE
 from common.protocol.transcript import dump_state, load_state
@@ -24,6 +24,7 @@ from common.study import Study
 from common.tensors import state_digest
 from common.world import SeededEntropy
 
+TWO = ClassScoring(("no", "yes"), 8.0)
 STUDY = """\
 format: wardround-study/1
 name: gated
@@ -201,7 +202,7 @@ def test_remeasuring_a_later_model_never_lowers_what_an_earlier_one_reached(term
 
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=14))
 def test_whatever_is_measured_what_stands_is_within_the_tolerance_of_the_best(scores):
-    gate, exponents = Gate(0.1, 2), (3,)
+    gate, exponents = Gate(0.1, TWO), (3,)
     model = {"w": np.zeros(1, np.float32)}
     start = gate.initial(model, exponents)
     verdict = gate.judge(start, exponents, words(scores[0] / 100))
@@ -229,7 +230,7 @@ def test_whatever_is_measured_what_stands_is_within_the_tolerance_of_the_best(sc
 def rollbacks_by_chance(multiple, runs=20, rounds=100, noise=0.02):
     """Which part of the candidates of an honest study at rest is rolled back by noise alone."""
     draw = np.random.default_rng(3)
-    gate, model = Gate(multiple * noise, 2), {"w": np.zeros(1, np.float32)}
+    gate, model = Gate(multiple * noise, TWO), {"w": np.zeros(1, np.float32)}
     judged = rejected = 0
     for _ in range(runs):
         verdict = gate.judge(gate.initial(model, ()), (), words(0.7 + noise * draw.normal()))
@@ -252,7 +253,7 @@ def test_five_times_the_noise_is_enough_and_three_times_is_not():
 def test_plan_warns_of_a_tolerance_below_five_times_the_noise(noised):
     study = parse(STUDY, "gated.yaml", Study)
     # The noise falls with the patients: as many as make it `noised`.
-    one = plan(study, 6, patients={"a": 1000}).evaluation.accuracy_noise
+    one = plan(study, 6, patients={"a": 1000}).evaluation.score_noise
     counts = {"a": round(1000 * one / noised)}
     warned = [w for w in plan(study, 6, patients=counts).warnings if "acceptance.tolerance" in w]
     assert len(warned) == (noised > 0.02)
@@ -269,15 +270,15 @@ def test_plan_warns_of_a_tolerance_below_five_times_the_noise(noised):
     ],
 )
 def test_noised_sums_give_a_score_between_nothing_and_all(cells, expected):
-    gate = Gate(0.1, 2)
+    gate = Gate(0.1, TWO)
     state = gate.initial({"w": np.zeros(1, np.float32)}, (0,))
     sums = np.array([*cells, 7], np.int64) * METRIC_SCALE
     assert gate.judge(state, (0,), sums).score == expected
 
 
 def test_words_of_another_number_of_labels_are_our_own_fault():
-    gate = Gate(0.1, 3)
-    with pytest.raises(ValueError, match="labels"):
+    gate = Gate(0.1, ClassScoring(("a", "b", "c"), 8.0))
+    with pytest.raises(ValueError, match="another study"):
         gate.judge(gate.initial({}, ()), (), words(0.5))
 
 

@@ -99,7 +99,7 @@ def test_evaluation_is_charged_to_held_out_patients_and_defaults_to_the_studys_e
     assert evaluation.count_noise == pytest.approx(
         evaluation.noise_multiplier * math.sqrt(2) * math.sqrt(10)
     )
-    assert evaluation.accuracy_noise == pytest.approx(evaluation.count_noise * 2.5 / 500)
+    assert evaluation.score_noise == pytest.approx(evaluation.count_noise * 2.5 / 500)
     given = plan(
         study(
             privacy={

@@ -68,11 +68,12 @@ def test_a_tabular_study_says_what_it_needs_and_no_model():
         ("name: crp", "name: age", "8:14: task.features.1.name: is listed twice"),
         ("name: crp", "name: label", "8:14: task.features.1.name: is also another column"),
         ("low: 0.5", "lo: 0.5", "8:19: task.features.1.lo: unknown key (did you mean low?)"),
-        ("  labels: [no, yes]\n", "", "3:1: task.labels: is missing"),
+        ("  labels: [no, yes]\n", "", "3:1: task.labels: is missing (or number, or survival)"),
         (
             "  labels",
             "  max_tokens: 64\n  labels",
-            "5:3: task.max_tokens: unknown key (known here: kind, labels, columns, features, hidden)",
+            "5:3: task.max_tokens: unknown key (known here: kind, labels, number, survival, "
+            "columns, features, categories, hidden)",
         ),
         (
             "privacy: {",

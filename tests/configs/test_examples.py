@@ -40,7 +40,7 @@ def test_every_example_teaches(path: Path) -> None:
 def test_the_bert_example_is_the_textbook_recipe() -> None:
     study = load(CONFIGS / "diagnosis-bert.yaml", Study)
     assert study.model.backbone == "bert-base-uncased"
-    assert len(study.task.labels) == 2
+    assert len(study.labels) == 2
     assert (study.model.tuning, study.model.freeze_embeddings) == ("full", False)
     assert (study.training.optimizer.name, study.training.optimizer.learning_rate) == (
         "adamw",
@@ -65,7 +65,7 @@ def test_the_simulation_names_hospitals_and_labels_that_its_data_has() -> None:
     with (CONFIGS / name).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"patient", "hospital", "text", "label"}
-    assert {row["label"] for row in rows} == set(study.task.labels)
+    assert {row["label"] for row in rows} == set(study.labels)
     hospitals = {row["hospital"] for row in rows}
     assert {fault.site for fault in study.simulation.faults} <= hospitals
     homes = {(row["patient"], row["hospital"]) for row in rows}

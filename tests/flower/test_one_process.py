@@ -55,7 +55,7 @@ class NumpyTrainer:
         return (target - self._layout.flatten(state)) * STEP + noise * NOISE
 
     def measure(self, state: TENSORS, round_number: int) -> NDArray[np.int64]:
-        words = len(self._task.bundle.study.task.labels) ** 2 + 1
+        words = len(self._task.bundle.study.labels) ** 2 + 1
         return self._stream("metrics", round_number).integers(0, 1 << 18, words)
 
     def statistics(self) -> NDArray[np.int64]:

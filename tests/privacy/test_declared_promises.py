@@ -11,9 +11,10 @@ from client.privacy.admission import admit
 from client.privacy.engine import PerSampleEngine
 from client.privacy.ledger import Charge, Ledger, RoundId
 from client.privacy.noise import SecureNoise
+from client.tasks import tabular
 from client.tasks.backbone import load_backbone
 from client.tasks.diagnosis import DiagnosisLearner
-from client.tasks.tabular import TabularLearner
+from client.tasks.rows import rows_learner
 from client.training import LocalTrainer, TrainingSettings
 from common.accountant import DpEvent
 from common.config import ConfigError, parse
@@ -148,7 +149,7 @@ def test_what_others_give_does_not_depend_on_a_held_out_patient(tiny_bert):
         assert torch.equal(features[kept], without)
 
 
-def tabular(positive):
+def numbers(positive):
     study = Study.model_validate(
         {
             "format": "wardround-study/1",
@@ -170,7 +171,7 @@ def tabular(positive):
         Record(f"p{i}", "", "no", None, "f", i, (0.1 * i, float(positive and i == 0)))
         for i in (0, 0, 1, 2, 3, 4, 5)
     ]
-    made = TabularLearner(study, rows, (), device=CPU)
+    made = rows_learner(tabular, study, rows, (), device=CPU)
     made.set_statistics(np.zeros(2, np.float32), np.ones(2, np.float32))
     with torch.no_grad():
         made.module.get_parameter("hidden1.weight")[:, 1] = 1e21
@@ -209,8 +210,8 @@ def admitted(made):
 
 def test_admission_of_a_hostile_model_tells_nothing_about_a_patient():
     # Control: tried on the hospital's own patients, the answer is the patient's attribute.
-    assert admitted(tabular(positive=True)) != admitted(tabular(positive=False))
-    assert outcome(tabular(positive=True)) == outcome(tabular(positive=False))
+    assert admitted(numbers(positive=True)) != admitted(numbers(positive=False))
+    assert outcome(numbers(positive=True)) == outcome(numbers(positive=False))
 
 
 def test_a_data_fault_leaves_the_hospital_without_its_reason(monkeypatch):

@@ -24,7 +24,7 @@ from client.data.records import by_patient
 from client.federation import Federation
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
-from client.tasks.tabular import TabularLearner
+from client.tasks.rows import NormalisedRowsLearner
 from client.tasks.text import Encoded, Encoder
 from client.training import LocalTrainer, TrainingSettings
 from common.config import load
@@ -92,7 +92,7 @@ class Hospital:
         initial = build_model(federation.study).initial
         draw = np.random.default_rng(3)
         state = {n: v + draw.normal(0, 0.1, v.shape).astype("f4") for n, v in initial.items()}
-        if isinstance(learner, TabularLearner):
+        if isinstance(learner, NormalisedRowsLearner):
             state[MEAN] = np.full(4, 0.4, np.float32)
             state[DEVIATION] = np.full(4, 0.2, np.float32)
         noise = Caught(SeededEntropy("step"))
@@ -235,13 +235,13 @@ def test_control_features_centred_over_the_hospital_break_the_bound(texts, monke
 def test_control_numbers_normalised_by_the_hospitals_own_statistics_break_the_bound(
     numbers, monkeypatch
 ):
-    plain = TabularLearner.set_statistics
+    plain = NormalisedRowsLearner.set_statistics
 
     def own(self, mean, deviation):
         found = StatisticsLayout(len(mean)).resolve(self.statistic_words(), 1)
         plain(self, found[MEAN], found[DEVIATION])
 
-    monkeypatch.setattr(TabularLearner, "set_statistics", own)
+    monkeypatch.setattr(NormalisedRowsLearner, "set_statistics", own)
     assert max(numbers.change(monkeypatch, patient) for patient in LEFT_OUT) > 1.5
 
 

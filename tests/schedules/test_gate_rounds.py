@@ -15,7 +15,7 @@ import world
 from schedule import Schedule, storm
 
 from common.gate import PREFIX, Gate
-from common.metrics import METRIC_SCALE
+from common.metrics import METRIC_SCALE, ClassScoring
 from common.protocol.transcript import load_state
 from common.protocol.wire import RoundStart, unpack_from_coordinator
 
@@ -50,7 +50,7 @@ def gated_worker(poisoned):
 class Gated(Schedule):
     """A schedule whose study has a gate."""
 
-    gate: Gate | None = Gate(0.04, 2)
+    gate: Gate | None = Gate(0.04, ClassScoring(("no", "yes"), 8.0))
 
     def __init__(self, n, **settings):
         super().__init__(n, **settings)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import Code, StorageError
-from common.metrics import metrics_from_words, words_from_counts
+from common.metrics import ClassScoring, words_from_counts
 from server.history import History
 from server.network import WireTap, _uniform
 from server.report import RoundResult
@@ -34,7 +34,7 @@ def entry(number, turn=None, *, kind="train", code=None):
 
 def quality(hits):
     counts = np.array([hits, 10 - hits, 0, 10, 4.0])
-    return metrics_from_words(words_from_counts(counts), LABELS, loss_cap=8.0)
+    return ClassScoring(tuple(LABELS), 8.0).read(words_from_counts(counts))
 
 
 def test_metrics_stand_at_the_round_that_made_the_model(tmp_path):
@@ -45,7 +45,7 @@ def test_metrics_stand_at_the_round_that_made_the_model(tmp_path):
     history.add(entry(3, 3, kind="evaluate"))
     history.measured(2, quality(4))
     for seen in (history, History(tmp_path / "h.jsonl")):
-        measured = [r.metrics and r.metrics.accuracy for r in seen.rounds]
+        measured = [r.metrics and r.metrics.primary for r in seen.rounds]
         assert measured == [pytest.approx(0.95), pytest.approx(0.7), None]
         assert seen.of_model(2) == quality(4)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common.errors import Code, StorageError
-from common.metrics import bootstrap_interval, metrics_from_words, words_from_counts
+from common.metrics import ClassScoring, words_from_counts
 from server import figures, report
 from server.report import (
     Evaluation,
@@ -29,6 +29,7 @@ from server.report import (
 )
 
 LABELS = ("asthma", "copd", "other")
+SCORING = ClassScoring(LABELS, 8.0)
 SITES = tuple(f"site-{i:02d}" for i in range(1, 6))
 
 
@@ -36,18 +37,15 @@ def evaluation(right, total=100):
     confusion = np.array([[right, total - right], [0, 0]], float)
     return Evaluation(
         n=total,
-        accuracy=right / total,
-        macro_f1=right / total - 0.02,
-        intervals=bootstrap_interval(confusion, n_boot=300),
+        scores={"accuracy": right / total, "macro_f1": right / total - 0.02},
+        intervals=ClassScoring(("a", "b"), 8.0).intervals(np.append(confusion, 0.0)[None]),
     )
 
 
 def metrics(number):
     right = 40.0 + 4 * np.sqrt(number)
     cells = np.diag([right] * 3) + (100 - right) / 2 * (1 - np.eye(3))
-    return metrics_from_words(
-        words_from_counts(np.append(cells.ravel(), 30.0)), LABELS, loss_cap=8.0
-    )
+    return SCORING.read(words_from_counts(np.append(cells.ravel(), 30.0)))
 
 
 def rounds(count, *, private=True):
@@ -126,6 +124,7 @@ def result(*, simulated=True, private=True, **override):
         "created": "2026-11-23T14:00:00Z",
         "simulated": simulated,
         "labels": LABELS,
+        "scoring": SCORING,
         "task": "diagnosis",
         "backbone": "package:x/y",
         "tuning": "head",

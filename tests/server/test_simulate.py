@@ -399,7 +399,7 @@ def adopt(tmp_path, write_notes, merged):
 
 def _adopt(tmp_path, write_notes, merged, name, changes, patients):
     study = load(CONFIGS / name, Study)
-    labels = tuple(study.task.labels)
+    labels = study.labels
     write_notes(tmp_path / "notes.csv", labels=labels, hospitals=("x",), patients=patients)
     terms = study.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     count = len(study.sites)

@@ -81,50 +81,55 @@ def test_the_model_folder_predicts_without_the_study(run, tmp_path):
 
 
 def test_the_predictions_are_the_networks_own(run):
-    """The exported model in numpy against the training code in torch, missing values included."""
+    """The exported model against the one that trained, missing values included."""
     from client.data.tables import read_table
     from client.federation import table_columns
-    from client.predict import _TabularClassifier
-    from client.tasks.tabular import TabularLearner
+    from client.predict import _Rows
+    from client.tasks.kinds import code_of
+    from client.tasks.rows import rows_learner
     from common.tensors import load_tensors
 
     study = Bundle.load(run / "state" / "bundle").study
     records = read_table(
-        CONFIGS / "data" / "synthetic-labs.csv", table_columns(study), labels=study.task.labels
+        CONFIGS / "data" / "synthetic-labs.csv", table_columns(study), labels=study.labels
     )
-    classify = _TabularClassifier(run / "model")
-    learner = TabularLearner(study, records, (), device=torch.device("cpu"))
-    learner.set_statistics(
-        classify._mean.astype(np.float32), classify._deviation.astype(np.float32)
-    )
+    classify = _Rows(run / "model", "cpu")
+    code = code_of(study.task)
+    learner = rows_learner(code, study, records, (), device=torch.device("cpu"))
+    learner.set_statistics(*classify._statistics)
     for name, value in load_tensors(run / "model" / "model.safetensors").items():
         learner.trainable()[name].data.copy_(torch.from_numpy(value))
     at, _ = learner.rows_of(np.arange(learner.patient_count()))
-    probabilities = learner.module(learner._train.inputs[at]).softmax(dim=1).detach().numpy()
+    probabilities = (
+        learner.module(*learner._train.at(torch.from_numpy(at))).softmax(dim=1).detach().numpy()
+    )
     order = sorted(
         range(len(records)),
         key=lambda i: list(dict.fromkeys(r.patient for r in records)).index(records[i].patient),
     )
     answers = list(classify([records[i] for i in order], keep_patient=False))
-    found = np.array([list(a.probabilities.values()) for a in answers])
+    found = np.array([list(a.answer["probabilities"].values()) for a in answers])
     assert np.allclose(found, probabilities, atol=1e-5)
 
 
 def test_the_exported_statistics_are_far_from_the_identity(run):
-    facts = json.loads((run / "model" / "tabular.json").read_text())
-    assert [f["name"] for f in facts["features"]] == ["age", "systolic", "crp", "heart_rate"]
-    assert all(0 < f["mean"] < 1 and 0 < f["deviation"] <= 0.5 for f in facts["features"])
-    assert facts["labels"] == ["none", "sepsis"]
+    facts = json.loads((run / "model" / "task.json").read_text())
+    names = [feature["name"] for feature in facts["task"]["features"]]
+    assert names == ["age", "systolic", "crp", "heart_rate"]
+    assert len(facts["mean"]) == len(facts["deviation"]) == len(names)
+    assert all(0 < mean < 1 for mean in facts["mean"])
+    assert all(0 < deviation <= 0.5 for deviation in facts["deviation"])
+    assert facts["task"]["labels"] == ["none", "sepsis"]
 
 
 def test_a_damaged_model_folder_is_refused(run, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("tabular.json", "model.safetensors"):
+    for name in ("task.json", "model.safetensors"):
         (folder / name).write_bytes((run / "model" / name).read_bytes())
-    facts = json.loads((folder / "tabular.json").read_text())
-    facts["hidden"] = [9]
-    (folder / "tabular.json").write_text(json.dumps(facts))
+    facts = json.loads((folder / "task.json").read_text())
+    facts["task"]["hidden"] = [9]
+    (folder / "task.json").write_text(json.dumps(facts))
     with pytest.raises(DataError) as caught:
         predict(folder, CONFIGS / "data" / "synthetic-labs.csv", tmp_path / "x.csv")
     assert caught.value.code is Code.MODEL_STATE
@@ -210,10 +215,11 @@ def test_without_privacy_the_counted_statistics_are_the_pooled_ones(tmp_path):
     path.write_text(text)
     out = tmp_path / "out"
     assert main(["simulate", str(path), "--out", str(out)]) == 0
-    facts = json.loads((out / "model" / "tabular.json").read_text())["features"]
+    facts = json.loads((out / "model" / "task.json").read_text())
     study = load(path, Study)
     federation = Federation(study, path)
-    low, high = (np.array([f[k] for f in facts]) for k in ("low", "high"))
+    features = facts["task"]["features"]
+    low, high = (np.array([f[k] for f in features]) for k in ("low", "high"))
     sums = np.zeros((3, 4))
     for site in federation.sites:
         own = federation.divide(site, None).train
@@ -224,5 +230,5 @@ def test_without_privacy_the_counted_statistics_are_the_pooled_ones(tmp_path):
             sums += np.stack([known, known**2, there]).mean(axis=1)
     mean = sums[0] / sums[2]
     deviation = np.sqrt(sums[1] / sums[2] - mean**2)
-    assert np.allclose([f["mean"] for f in facts], mean, atol=1e-5)
-    assert np.allclose([f["deviation"] for f in facts], deviation, atol=1e-4)
+    assert np.allclose(facts["mean"], mean, atol=1e-5)
+    assert np.allclose(facts["deviation"], deviation, atol=1e-4)

@@ -154,7 +154,7 @@ def test_a_real_child_draws_its_own_noise_and_stays_warm(task_of, child, tmp_pat
     assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
     assert (tmp_path / "trainer.log").stat().st_mode & 0o077 == 0
     trainer.export(tmp_path / "model", {n: v for n, v in state.items() if n in task.names})
-    assert json.loads((tmp_path / "model" / "tabular.json").read_text())["labels"]
+    assert json.loads((tmp_path / "model" / "task.json").read_text())["task"]["labels"]
 
     # Killed in the middle of work: told by its own code, and the next round has a new child.
     os.kill(pid, signal.SIGSTOP)

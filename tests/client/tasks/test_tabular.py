@@ -15,11 +15,12 @@ from client.data.records import Record
 from client.privacy.admission import admit
 from client.privacy.engine import PerSampleEngine
 from client.privacy.noise import SecureNoise
+from client.tasks import tabular
 from client.tasks.base import Learner, Normalising
-from client.tasks.tabular import TabularLearner, architecture, initial_tensors
+from client.tasks.rows import initial_tensors, rows_learner
+from client.tasks.tabular import architecture
 from client.training import LocalTrainer, TrainingSettings
 from common.errors import Code, DataError
-from common.metrics import PATIENT_SENSITIVITY
 from common.statistics import DEVIATION, MEAN, STATISTIC_SCALE, StatisticsLayout, normalised
 from common.study import Study
 from common.tensors import Layout
@@ -73,7 +74,7 @@ def records(count, seed=0, *, shift=0.0, each=3):
 
 
 def learner(train, held=(), **options):
-    return TabularLearner(study(**options), train, held, device=CPU)
+    return rows_learner(tabular, study(**options), train, held, device=CPU)
 
 
 def settings(**changes):
@@ -89,6 +90,7 @@ def settings(**changes):
         "noise_multiplier": 1.0,
         "evaluation_noise": 1.0,
         "statistics_noise": 1.5,
+        "evaluation_sensitivity": math.sqrt(2),
     }
     return TrainingSettings(**(chosen | changes))
 
@@ -103,27 +105,27 @@ PLAIN = {
 
 
 def trainer(model, seed="0", **changes):
-    layout = Layout.of(initial_tensors(study().tabular))
+    layout = Layout.of(initial_tensors(tabular, study().task))
     return LocalTrainer(model, layout, settings(**changes), SecureNoise(SeededEntropy(seed)), "cpu")
 
 
 def test_it_is_a_learner_that_normalises():
     made: Learner = learner(records(5))
     assert isinstance(made, Normalising)
-    assert list(made.trainable()) == sorted(initial_tensors(study().tabular))
+    assert list(made.trainable()) == sorted(initial_tensors(tabular, study().task))
     assert made.patient_count() == 5
 
 
 def test_the_first_weights_are_the_bundles_and_favour_no_label():
     made = learner(records(5))
-    for name, value in initial_tensors(study().tabular).items():
+    for name, value in initial_tensors(tabular, study().task).items():
         assert np.array_equal(made.trainable()[name].detach().numpy(), value)
     losses = made.losses(np.arange(3)).detach().numpy()
     assert losses == pytest.approx(math.log(2))
 
 
 def test_without_hidden_layers_it_is_logistic_regression():
-    assert set(initial_tensors(study(hidden=()).tabular)) == {"output.weight", "output.bias"}
+    assert set(initial_tensors(tabular, study(hidden=()).task)) == {"output.weight", "output.bias"}
     assert architecture(study(hidden=()).tabular)[0] != architecture(study().tabular)[0]
 
 
@@ -152,7 +154,7 @@ def test_measurement_weighs_patients_not_rows():
     assert vector[:-1].sum() == pytest.approx(7)
     assert 0 <= vector[-1] <= 7
     one = learner(records(4), [r for r in held if r.patient == "p3-0"]).measure()
-    assert np.linalg.norm(one) <= PATIENT_SENSITIVITY
+    assert np.linalg.norm(one) <= math.sqrt(2)
     assert learner(records(4)).measure().tolist() == [0] * 5
 
 
@@ -186,12 +188,12 @@ def test_a_patient_at_the_bounds_moves_the_statistics_by_their_whole_sensitivity
 def test_the_state_sets_the_normalisation_and_missing_is_zero():
     made = learner([Record("p", "", "no", None, "f", 1, (25.0, math.nan))])
     made.set_statistics(np.array([0.5, 0.9], np.float32), np.array([0.25, 0.01], np.float32))
-    assert made._train.inputs.tolist() == [[-1.0, 0.0]]
+    assert made._train.inputs[0].tolist() == [[-1.0, 0.0]]
 
 
 def test_training_and_measuring_use_the_states_statistics():
     made = learner(records(20), records(8, seed=9))
-    state = dict(initial_tensors(study().tabular))
+    state = dict(initial_tensors(tabular, study().task))
     plain = trainer(made, **PLAIN)
     near = {
         **state,
@@ -199,13 +201,13 @@ def test_training_and_measuring_use_the_states_statistics():
         DEVIATION: np.array([0.1, 0.1], np.float32),
     }
     plain.measure(near, 1)
-    expected = normalised(made._held_out.part, near[MEAN], near[DEVIATION])
-    assert np.array_equal(made._held_out.inputs.numpy(), expected)
+    expected = normalised(made._held_out.encoded.values, near[MEAN], near[DEVIATION])
+    assert np.array_equal(made._held_out.inputs[0].numpy(), expected)
     update = plain.train({**near, MEAN: np.zeros(2, np.float32)}, 1)
     assert np.isfinite(update).all()
     assert np.array_equal(
-        made._train.inputs.numpy(),
-        normalised(made._train.part, np.zeros(2, np.float32), near[DEVIATION]),
+        made._train.inputs[0].numpy(),
+        normalised(made._train.encoded.values, np.zeros(2, np.float32), near[DEVIATION]),
     )
 
 
@@ -273,7 +275,7 @@ def test_control_normalising_by_ones_own_records_breaks_the_sensitivity():
     """The usual preprocessing: every other row moves a little, and the sum moves by more than C."""
 
     def local(made):
-        part = made._train.part
+        part = made._train.encoded.values
         deviation = np.nanstd(part, axis=0).clip(0.01).astype(np.float32)
         made.set_statistics(np.nanmean(part, axis=0).astype(np.float32), deviation)
 

@@ -92,7 +92,7 @@ class NumpyTrainer:
 
     def measure(self, state: Mapping[str, Any], round_number: int) -> NDArray[np.int64]:
         del state
-        return words_of(len(self._task.bundle.study.task.labels), **self._who(round_number))
+        return words_of(len(self._task.bundle.study.labels), **self._who(round_number))
 
     def statistics(self) -> NDArray[np.int64]:
         raise AssertionError("the tests' study counts no statistics")

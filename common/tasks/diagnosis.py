@@ -1,0 +1,80 @@
+"""The terms of the task `diagnosis`: one label for each clinical note."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config import Frozen, Rules
+from common.fields import Feature, Listed, Text, repeats
+from common.outcomes import Classes
+
+__all__ = ["DiagnosisColumns", "DiagnosisTask"]
+
+
+class DiagnosisColumns(Frozen):
+    """Which columns of the hospital's files hold what."""
+
+    patient: Text = Field("patient", description="who the record is about: the unit of privacy")
+    text: Text = Field("text", description="the clinical note")
+    label: Text = Field("label", description="the diagnosis, one of task.labels")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        rules.require(self.text != self.patient, "text", "is also the patient column")
+        rules.require(
+            self.label not in {self.patient, self.text}, "label", "is also another column"
+        )
+        rules.done()
+        return self
+
+
+class DiagnosisTask(Frozen):
+    """What is learned: one label for each clinical note."""
+
+    pretrained: ClassVar[bool] = True
+    features: ClassVar[tuple[Feature, ...]] = ()
+    network_name: ClassVar[str] = "text encoder"
+
+    kind: Literal["diagnosis"] = Field(description="diagnosis: one label for each clinical note")
+    labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
+        description="every class, in the order of the model's outputs; never discovered from data"
+    )
+    columns: DiagnosisColumns = Field(
+        DiagnosisColumns(), description="column names in the hospitals' files"
+    )
+    max_tokens: int = Field(128, ge=8, le=8192, description="tokens of a note that the model sees")
+    long_notes: Literal["truncate", "window"] = Field(
+        "truncate", description="cut a long note, or slide a window and pool the logits"
+    )
+    window_stride: int = Field(
+        64, ge=1, le=8191, description="tokens from one window to the next; with long_notes: window"
+    )
+    max_windows: int = Field(4, ge=1, le=64, description="windows of one note that are kept")
+    max_notes: int = Field(
+        64, ge=1, le=4096, description="notes of a patient that are read: the first, in file order"
+    )
+    stop_words: Literal["none", "english"] = Field("none", description="words removed before")
+    stemming: Literal["none", "english"] = Field("none", description="stemmer applied before")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        for index in repeats(self.labels):
+            rules.require(False, f"labels.{index}", "is listed twice")  # noqa: FBT003
+        window = self.long_notes == "window"
+        rules.require(
+            not window or self.window_stride < self.max_tokens,
+            "window_stride",
+            f"must be less than max_tokens ({self.max_tokens}), or tokens between two windows are "
+            f"never read (is {self.window_stride})",
+        )
+        rules.done()
+        return self
+
+    @property
+    def outcome(self) -> Classes:
+        """What the model predicts."""
+        return Classes(self.labels)
