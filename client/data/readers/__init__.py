@@ -1,0 +1,1 @@
+"""One reader a format: what a hospital has, turned into client.data.encounters."""
