@@ -82,7 +82,10 @@ def test_with_the_gate_the_model_stays_within_the_tolerance(play, poisoning, att
     assert got.rejected >= 2
     measured = [r["accuracy"] for r in rounds(got) if r["kind"] == "train"]
     best = max(a for a, r in zip(measured, rounds(got)[1:-1], strict=True) if not r["rejected"])
-    assert got.said["final_metrics"]["released"]["accuracy"] >= best - poisoning.TOLERANCE - 1e-6
+    assert (
+        got.said["final_metrics"]["released"]["scores"]["accuracy"]
+        >= best - poisoning.TOLERANCE - 1e-6
+    )
     assert got.accuracy >= honest.accuracy - poisoning.TOLERANCE - SAMPLING
 
 

@@ -67,8 +67,9 @@ def test_a_run_with_a_dropout_and_a_crash_completes_and_says_everything(accident
     assert (found["rounds_completed"], found["rounds_aborted"]) == (3, 0)
     assert found["evaluation_rounds"] == 1
     final = found["final_metrics"]
-    assert 0 <= final["accuracy"] <= 1
-    assert 0 <= final["macro_f1"] <= 1
+    for name in ("accuracy", "macro_f1"):
+        # The noise on so few patients' counts may leave none above zero: then nothing is said.
+        assert final[name] is None or 0 <= final[name] <= 1
     assert set(final["per_site"]) == set(HOSPITALS)
     for site in final["per_site"].values():
         low, high = site["interval_95"]["accuracy"]
