@@ -142,6 +142,38 @@ class Code(Enum):
         "A value of the site column cannot name a site.",
         "Use short names of letters, digits and hyphens, distinct without regard to case.",
     )
+    # ---- 206x knowledge graphs
+    GRAPH_CIRCLE = (
+        "WR-2061",
+        "The knowledge graph says of something that it is a kind of itself.",
+        "Remove one of the is_a edges of the circle, or correct its direction.",
+    )
+    GRAPH_DIFFERS = (
+        "WR-2062",
+        "The knowledge graph on this machine is not the one that the study names.",
+        "Ask the consortium for the study's edge files again; all hospitals must use the same.",
+    )
+    GRAPH_LICENCE = (
+        "WR-2063",
+        "An edge stands under a licence that does not allow to hand it on.",
+        "Leave that source out, or let every hospital obtain it under its own licence.",
+    )
+    # ---- 207x images
+    IMAGE_KIND = (
+        "WR-2071",
+        "An image is of a kind that is not read, too large, or not what the study declares.",
+        "Give 8-bit gray or RGB PNG or JPEG with one picture, or DICOM with one frame, as task.channels says.",
+    )
+    IMAGE_PATH = (
+        "WR-2072",
+        "An image's path leaves the table's folder, or is a link.",
+        "Copy the images into the table's folder (or below it) and name them relative to it.",
+    )
+    IMAGE_TEXT = (
+        "WR-2073",
+        "A DICOM image says that text is burned into its pixels.",
+        "Mask the text and set BurnedInAnnotation to NO, or leave the image out.",
+    )
     # ---- 21xx models and tasks
     MODEL_FOLDER = (
         "WR-2101",
