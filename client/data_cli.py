@@ -72,16 +72,16 @@ def _study(path: Path) -> Study:
 
 def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], TableColumns]:
     """The files, and the columns by their names there."""
-    from client.holdings import table_columns
+    from client.data.intake import table_columns
 
     if arguments.files:
-        return list(arguments.files), table_columns(study)
+        return list(arguments.files), table_columns(study.task)
     config = arguments.config
     simulation = study.simulation
     if config is None and simulation is not None:
         folder = arguments.study.parent
         names = (*simulation.data.files, *simulation.data.test_files)
-        columns = table_columns(study, site=simulation.split.column)
+        columns = table_columns(study.task, site=simulation.split.column)
         return [(folder / name).resolve() for name in names], columns
     if config is None and not DEFAULT_CONFIG.exists():
         raise CommandError(
@@ -95,7 +95,7 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
 
     config = config or DEFAULT_CONFIG
     local = local_files(load(config, SiteConfig), config)
-    return list(local.files), local.columns(study)
+    return list(local.files), table_columns(study.task, names=local.names)
 
 
 @contextmanager

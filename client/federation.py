@@ -24,7 +24,7 @@ from client.data.partition import MIN_PATIENTS
 from client.data.records import Record
 from client.devices import choose_device
 from client.export import export_model, export_rows
-from client.holdings import Holdings, read_holdings, table_columns
+from client.holdings import Holdings, read_holdings
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
@@ -48,7 +48,6 @@ __all__ = [
     "build_learner",
     "build_trainer",
     "export_final",
-    "table_columns",
 ]
 
 Array = NDArray[np.float32]

@@ -6,20 +6,19 @@ A fault in a file is told before anything heavy is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client.data.intake import Received, receive
 from client.data.records import Record, require_disjoint
-from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, ConfigError
-from common.study import Simulation, Study, Task
-from common.tasks.diagnosis import DiagnosisTask
+from common.study import Simulation, Study
 
 if TYPE_CHECKING:
     from client.data.partition import Partition
 
-__all__ = ["Holdings", "input_columns", "read_holdings", "table_columns"]
+__all__ = ["Holdings", "read_holdings", "study_with_sites"]
 
 BySite = dict[str, tuple[Record, ...]]
 
@@ -50,10 +49,9 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     files = _paths(simulation.data.files, config)
     tests = _paths(simulation.data.test_files, config)
     labels, split, seed = study.labels, simulation.split, simulation.seed
-    columns = table_columns(study, site=split.column)
-    taken = take_tables(files, columns, labels=labels)
+    taken = receive(study.task, files, site=split.column)
     records = taken.records
-    tested = take_tables(tests, columns, labels=labels)
+    tested = receive(study.task, tests, site=split.column) if tests else Received((), {})
     held = tested.records
     require_disjoint(records, held)
     # The division needs numpy: the files come first.
@@ -68,26 +66,27 @@ def read_holdings(study: Study, config: Path) -> Holdings:
         parts = partition(held, split, labels=labels, seed=seed, sites=names, floor=1)
         testing = _at_sites(held, parts)
         beyond += _beyond(parts, tested)
-    told = [f"{line} beyond task.max_notes ({columns.most}) and not read." for line in beyond]
+    told = [f"{line} beyond what the study takes of one and not read." for line in beyond]
+    told += [f"left out: {count} {reason}." for reason, count in sorted(taken.tally.items())]
     return Holdings(
         records=_at_sites(records, done),
         tests=testing,
         warnings=(*done.warnings, *told),
         manifest={
             **manifest(records, done, split, seed=seed, files=[*files, *tests]),
-            "notes_not_read": sum(taken.dropped.values()) + sum(tested.dropped.values()),
+            "records_not_read": sum(taken.dropped.values()) + sum(tested.dropped.values()),
         },
         seed=seed,
     )
 
 
-def _beyond(done: Partition, taken: Taken) -> list[str]:
-    """For each site that has any: how many of its notes are not read, and of whom."""
+def _beyond(done: Partition, taken: Received) -> list[str]:
+    """For each site that has any: how many of its records are not read, and of whom."""
     told = []
     for site, patients in done.patients.items():
         counts = [taken.dropped[patient] for patient in patients if patient in taken.dropped]
         if counts:
-            told.append(f"site {site}: {sum(counts)} note(s) of {len(counts)} patient(s) are")
+            told.append(f"site {site}: {sum(counts)} record(s) of {len(counts)} patient(s) are")
     return told
 
 
@@ -102,35 +101,6 @@ def study_with_sites(study: Study, config: Path) -> Study:
     from common.bundle import with_sites
 
     return with_sites(study, sites)
-
-
-def table_columns(study: Study, *, site: str | None = None) -> TableColumns:
-    """The columns that the study reads; `site` names one that says whose row it is."""
-    task = study.task
-    if isinstance(task, DiagnosisTask):
-        names = task.columns
-        return TableColumns(names.text, names.patient, names.label, site, most=task.max_notes)
-    target = task.number
-    return replace(
-        input_columns(task),
-        patient=task.columns.patient,
-        label=task.columns.label if task.labels else None,
-        site=site,
-        number=None if target is None else target.column,
-        time=None if task.survival is None else task.survival.time,
-        event=None if task.survival is None else task.survival.event,
-    )
-
-
-def input_columns(task: Task) -> TableColumns:
-    """The columns that the task's network is given, without those it is to predict."""
-    if isinstance(task, DiagnosisTask):
-        return TableColumns(task.columns.text)
-    return TableColumns(
-        None,
-        numbers=tuple(feature.name for feature in task.features),
-        codes=tuple(category.name for category in task.categories),
-    )
 
 
 def _simulation(study: Study) -> Simulation:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from client.config import SiteConfig
+from client.data.intake import Names, receive
 from client.data.partition import MIN_PATIENTS
 from client.data.records import Record
-from client.data.tables import TableColumns, read_tables
-from client.holdings import table_columns
 from client.privacy.ledger import HeldOutSplit
 from common.config import beside
 from common.errors import Code, DataError
@@ -25,37 +24,20 @@ FLOOR: Final = MIN_PATIENTS // 2
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Where a hospital's records lie, and its own names of the study's columns.
-
-    `patient`, `text` and `label` are None where the study's name holds here, too.
-    """
+    """Where a hospital's records lie, and its own names of the study's columns."""
 
     files: tuple[Path, ...]
-    patient: str | None = None
-    text: str | None = None
-    label: str | None = None
-
-    def columns(self, study: Study) -> TableColumns:
-        """The columns to read for this study, by their names in this hospital."""
-        named = table_columns(study)
-        return replace(
-            named,
-            patient=self.patient or named.patient,
-            text=(self.text or named.text) if named.text is not None else None,
-            label=self.label or named.label,
-        )
+    names: Names = Names()  # noqa: RUF009 - frozen
 
     def read(self, study: Study) -> tuple[Record, ...]:
         """Every record. Raises DataError, naming file and line."""
-        return read_tables(self.files, self.columns(study), labels=study.labels)
+        return receive(study.task, self.files, names=self.names).records
 
     def dump(self) -> dict[str, Any]:
         """As plain text, for the trainer."""
         return {
             "files": tuple(str(path) for path in self.files),
-            "patient": self.patient or "",
-            "text": self.text or "",
-            "label": self.label or "",
+            **{name: value or "" for name, value in asdict(self.names).items()},
         }
 
     @staticmethod
@@ -63,7 +45,7 @@ class LocalFiles:
         """The inverse of `dump`."""
         return LocalFiles(
             tuple(Path(path) for path in fields["files"]),
-            *(fields[name] or None for name in ("patient", "text", "label")),
+            Names(*(fields[name] or None for name in ("patient", "text", "label"))),
         )
 
 
@@ -71,7 +53,7 @@ def local_files(config: SiteConfig, path: Path) -> LocalFiles:
     """What `site.yaml` at `path` says about the records."""
     names = config.data.columns
     files = tuple(beside(path, name).absolute() for name in config.data.files)
-    return LocalFiles(files, names.patient, names.text, names.label)
+    return LocalFiles(files, Names(names.patient, names.text, names.label))
 
 
 def divide(

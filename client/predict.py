@@ -7,10 +7,11 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from client.data.intake import receive_inputs
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from common.errors import Code, DataError, StorageError
@@ -66,14 +67,13 @@ def predict(
         raise DataError(Code.DATA_FORMAT, message, remedy="Name an output that ends in .csv.")
     if out.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
-    columns = TableColumns(text=text, patient=patient)
     classify: _Predictor
     if (model_folder / TASK_FILE).is_file():
         rows = _Rows(model_folder, device)
-        records = read_table(file, replace(rows.columns, patient=patient), labels=None)
+        records = receive_inputs(rows.task, [file], patient=patient)
         classify = rows
     else:
-        records = read_table(file, columns, labels=None)
+        records = read_table(file, TableColumns(text=text, patient=patient), labels=None)
         classify = _Classifier(model_folder, device)
     answers = classify(records, keep_patient=patient is not None)
     _write(out, answers, classify.header)
@@ -151,7 +151,6 @@ class _Rows(_Predictor):
         from pydantic import TypeAdapter
 
         from client.devices import choose_device
-        from client.holdings import input_columns
         from client.tasks.kinds import code_of
         from client.tasks.rows import loaded
         from common.study import Task
@@ -170,8 +169,7 @@ class _Rows(_Predictor):
             self._network = loaded(self._code, task, weights).to(self._device)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _unfit(folder, type(error).__name__) from None
-        self._task = task
-        self.columns = input_columns(task)
+        self.task = task
         self.header = header(task.outcome)
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:
@@ -180,10 +178,10 @@ class _Rows(_Predictor):
         from client.tasks.outcomes import answers
         from client.tasks.rows import inputs_of
 
-        inputs = inputs_of(self._code.encode(self._task, records), *self._statistics)
+        inputs = inputs_of(self._code.encode(self.task, records), *self._statistics)
         with torch.inference_mode():
             found = self._network(*(tensor.to(self._device) for tensor in inputs))
-        return answers(self._task.outcome, found)
+        return answers(self.task.outcome, found)
 
 
 def _unfit(folder: Path, reason: str) -> DataError:

@@ -18,6 +18,9 @@ from common.joint import RING_BITS as JOINT_RING_BITS
 from common.outcomes import Classes
 from common.secagg import quorum as quorums
 from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.imaging import ImagingTask
+from common.tasks.medication import MedicationTask
+from common.tasks.prognosis import PrognosisTask
 from common.tasks.tabular import TabularTask
 
 __all__ = [
@@ -50,7 +53,10 @@ MIN_SITES: Final = quorums.MIN_PARTIES
 MAX_SITES: Final = 255  # Shamir's x-coordinates are one byte
 
 Term = str | int | tuple["Term", ...] | dict[str, "Term"]
-Task = Annotated[DiagnosisTask | TabularTask, Field(discriminator="kind")]
+Task = Annotated[
+    DiagnosisTask | TabularTask | ImagingTask | PrognosisTask | MedicationTask,
+    Field(discriminator="kind"),
+]
 
 
 class Lora(Frozen):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from client.data.intake import receive_inputs
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from client.predict import TASK_FILE
@@ -103,11 +104,11 @@ class _Explainer:
         self._rows = RowsModel(folder, device) if (folder / TASK_FILE).is_file() else None
         self._text = TextModel(folder, device) if self._rows is None else None
 
-    def columns(self, text: str) -> TableColumns:
-        """The columns of a file that the model is given."""
-        from client.holdings import input_columns
-
-        return TableColumns(text) if self._rows is None else input_columns(self._rows.task)
+    def read(self, file: Path, text: str, patient: str | None) -> tuple[Record, ...]:
+        """The records of a file, as the model takes them."""
+        if self._rows is None:
+            return read_table(file, TableColumns(text, patient), labels=None)
+        return receive_inputs(self._rows.task, [file], patient=patient)
 
     def __call__(self, record: Record, label: str | None) -> Explanation:
         if self._text is not None:
@@ -121,8 +122,7 @@ def _opened(
     folder: Path, file: Path, text: str, patient: str | None, device: str
 ) -> tuple[Sequence[Record], _Explainer]:
     explained = _Explainer(folder, device)
-    columns = replace(explained.columns(text), patient=patient)
-    return read_table(file, columns, labels=None), explained
+    return explained.read(file, text, patient), explained
 
 
 def _pieces(

@@ -185,7 +185,7 @@ def _gate_slopes(gates: Tensor, cells: Tensor, leaned: Tensor) -> tuple[Tensor, 
     Shapes: gates (T, B, 4H) and twice the cells (T + 1, B, H) as the forward loop leaves them,
         leaned (T, B, H); returns (T, B, 4, H) and (T, B, H).
     """
-    enter, forget, fresh, leave = gates.chunk(4, 2)
+    enter, _, fresh, leave = gates.chunk(4, 2)
     slopes = torch.addcmul(gates, gates, gates, value=-1).unflatten(2, (4, -1))
     slopes[:, :, 0].mul_(fresh.mul(2).sub_(1))
     slopes[:, :, 1].mul_(cells[:-1]).mul_(0.5)

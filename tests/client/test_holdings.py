@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from client.holdings import read_holdings, table_columns
+from client.data.intake import table_columns
+from client.holdings import read_holdings
 from client.local import LocalFiles
 from common.config import load
 from common.study import Study
@@ -61,9 +62,9 @@ def test_a_simulated_hospital_reads_a_patients_first_notes_and_says_how_many_it_
     own = [r for r in held.records["east"] if r.patient == LONGEST[0]]
     assert [r.text for r in own] == [f"note {n}" for n in range(64)]
     assert held.warnings == (
-        "site east: 86 note(s) of 1 patient(s) are beyond task.max_notes (64) and not read.",
+        "site east: 86 record(s) of 1 patient(s) are beyond what the study takes of one and not read.",
     )
-    assert held.manifest["notes_not_read"] == 86
+    assert held.manifest["records_not_read"] == 86
     assert LONGEST[0] not in json.dumps(held.manifest) + "".join(held.warnings)
 
 
@@ -71,7 +72,7 @@ def test_test_files_are_bound_alike(config):
     path = config(tests=True)
     held = read_holdings(load(path, Study), path)
     assert all(len(rows) == 64 for rows in held.tests.values())
-    assert held.manifest["notes_not_read"] == 86 + 3 * 6
+    assert held.manifest["records_not_read"] == 86 + 3 * 6
     assert len(held.warnings) == 1 + 3
 
 
@@ -80,7 +81,7 @@ def test_a_study_may_read_more_and_then_nothing_is_said(config):
     held = read_holdings(load(path, Study), path)
     assert sum(r.patient == LONGEST[0] for r in held.records["east"]) == 150
     assert held.warnings == ()
-    assert held.manifest["notes_not_read"] == 0
+    assert held.manifest["records_not_read"] == 0
 
 
 def test_a_hospitals_own_files_are_bound_by_the_same_rule(config, tmp_path):
@@ -88,4 +89,4 @@ def test_a_hospitals_own_files_are_bound_by_the_same_rule(config, tmp_path):
     study = load(path, Study)
     records = LocalFiles((tmp_path / "notes.csv",)).read(study)
     assert [r.text for r in records if r.patient == LONGEST[0]] == [f"note {n}" for n in range(5)]
-    assert table_columns(study).most == 5
+    assert table_columns(study.task).most == 5

@@ -82,8 +82,8 @@ def test_the_model_folder_predicts_without_the_study(run, tmp_path):
 
 def test_the_predictions_are_the_networks_own(run):
     """The exported model against the one that trained, missing values included."""
+    from client.data.intake import table_columns
     from client.data.tables import read_table
-    from client.federation import table_columns
     from client.predict import _Rows
     from client.tasks.kinds import code_of
     from client.tasks.rows import rows_learner
@@ -91,7 +91,7 @@ def test_the_predictions_are_the_networks_own(run):
 
     study = Bundle.load(run / "state" / "bundle").study
     records = read_table(
-        CONFIGS / "data" / "synthetic-labs.csv", table_columns(study), labels=study.labels
+        CONFIGS / "data" / "synthetic-labs.csv", table_columns(study.task), labels=study.labels
     )
     classify = _Rows(run / "model", "cpu")
     code = code_of(study.task)
