@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -33,6 +34,7 @@ from common.protocol.envelope import (
     NONCE_BYTES,
     Envelope,
     check_envelope,
+    payload_digest,
     sign_envelope,
 )
 from common.protocol.wire import BurnRequest, Finished, HandshakeOpen, RoundStart, claims
@@ -473,7 +475,7 @@ class Exchange:
     def _ask(self) -> bool:
         """Ask every node that owes no answer and has something to be asked."""
         now = self._clock.now()
-        made: dict[tuple[int, int], Any] = {}
+        shared = _Shared()
         moved = False
         for number, node in list(self._nodes.items()):
             if node.asked is not None or node.site in self._gone:
@@ -481,15 +483,15 @@ class Exchange:
             place = self._sites.get(node.site)
             if node.greet:
                 if now - node.greeted >= self._greeting_pause(node):
-                    moved |= self._push(number, node, (), made)
+                    moved |= self._push(number, node, (), shared)
             elif place is not None and place.outbox and place.node == number:
                 payloads = tuple(place.outbox)[:MAX_PAYLOADS]
-                if self._push(number, node, payloads, made):
+                if self._push(number, node, payloads, shared):
                     for _ in payloads:
                         place.outbox.popleft()
                     moved = True
             elif now - max(node.greeted, self._last(place)) >= self._pace.silence_s:
-                moved |= self._push(number, node, (), made)
+                moved |= self._push(number, node, (), shared)
         return moved
 
     def _greeting_pause(self, node: _Node) -> float:
@@ -505,7 +507,7 @@ class Exchange:
         number: int,
         node: _Node,
         payloads: tuple[bytes, ...],
-        made: dict[tuple[int, int], Any],
+        shared: _Shared,
     ) -> bool:
         site = node.site if payloads else ""
         nonce = self._entropy.take(NONCE_BYTES)
@@ -516,9 +518,10 @@ class Exchange:
             recipient=site,
             nonce=nonce,
             payloads=payloads,
+            digest=shared.digest,
         )
         message = Message(
-            _sealed(envelope, payloads, made), number, _kind(payloads), ttl=self._pace.question_s
+            _sealed(envelope, payloads, shared), number, _kind(payloads), ttl=self._pace.question_s
         )
         now = self._clock.now()
         node.greeted = now
@@ -548,10 +551,24 @@ def _kind(payloads: Sequence[bytes]) -> str:
 
 
 # ---------------------------------------------------------------------------- records
-def _sealed(
-    envelope: Envelope, payloads: Sequence[bytes], made: dict[tuple[int, int], Any]
-) -> RecordDict:
-    """The records of a question; a payload that goes to several sites becomes one record."""
+class _Shared:
+    """What several questions of one moment have in common: a model goes to every hospital.
+
+    A payload that goes to several is digested once and becomes one record.
+    """
+
+    def __init__(self) -> None:
+        self.digest = cache(payload_digest)
+        self.record = cache(_record)
+
+
+def _record(payload: bytes) -> ArrayRecord:
+    data = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+    return ArrayRecord({"data": data})
+
+
+def _sealed(envelope: Envelope, payloads: Sequence[bytes], shared: _Shared) -> RecordDict:
+    """The records of a question."""
     told = ConfigRecord(
         {
             "study": envelope.study,
@@ -565,12 +582,7 @@ def _sealed(
     )
     records: dict[str, Any] = {"envelope": told}
     for index, payload in enumerate(payloads):
-        mark = _mark(payload)
-        if mark not in made:
-            shape = (len(payload),)
-            data = Array(dtype="uint8", shape=shape, stype=STYPE, data=payload)
-            made[mark] = ArrayRecord({"data": data})
-        records[f"payload-{index}"] = made[mark]
+        records[f"payload-{index}"] = shared.record(payload)
     return RecordDict(records)
 
 
