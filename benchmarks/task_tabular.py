@@ -154,7 +154,12 @@ def tcga_task() -> Line:
         age, *names = next(csv.reader(stream))[1:-2]
     return {
         "kind": "tabular",
-        "survival": {"time": "T", "event": "E", "edges": [365, 730, 1095, 1825, 2920]},
+        "survival": {
+            "time": "T",
+            "event": "E",
+            "edges": [365, 730, 1095, 1825, 2920],
+            "proportional": True,
+        },
         "features": [{"name": age, "low": 0, "high": 100}],
         "categories": [{"name": name, "values": ["1"]} for name in names],
     }
