@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from client.privacy.ledger import (
 )
 from client.round.effects import Work, Worked
 from client.round.machine import SiteRound
+from client.variate import ControlVariate
 from common.audit import ALONE, AuditLog, Value
 from common.bundle import Bundle
 from common.crypto.identity import SiteKey
@@ -141,8 +142,11 @@ def switch_is_on(path: Path) -> bool:
 class HospitalWorker:
     """The hospital's own systems behind the round machine: approval, ledger, trainer."""
 
-    def __init__(self, setup: SiteSetup, ledger: Ledger | None) -> None:
+    def __init__(
+        self, setup: SiteSetup, ledger: Ledger | None, variate: ControlVariate | None = None
+    ) -> None:
         self._setup = setup
+        self._variate = variate
         self._ledger = ledger
         self._reservations: dict[int, Reservation] = {}
         self.final: Chain | None = None
@@ -169,6 +173,8 @@ class HospitalWorker:
             approval=setup.approval,
         )
         trainer = setup.trainer()
+        if self._variate is not None:
+            self._variate.settle(request.counted)
         self._reserve(request)
         # Reserved and durable: from here the budget stays charged, whatever happens.
         metrics: NDArray[np.int64] | None = None
@@ -189,6 +195,8 @@ class HospitalWorker:
         answering, the round that rolls it back could not end.
         """
         try:
+            if self._variate is not None:
+                return self._corrected(self._variate, trainer, request)
             return trainer.train(request.state, request.round)
         except DataError as error:
             bundle = self._setup.bundle
@@ -197,6 +205,15 @@ class HospitalWorker:
             if not judged or error.code is not Code.UPDATE_NOT_FINITE:
                 raise
             return np.zeros(bundle.layout.size, np.float32)
+
+    def _corrected(
+        self, variate: ControlVariate, trainer: Trainer, request: Work
+    ) -> NDArray[np.float32]:
+        """An update by steps that the control variates correct (SCAFFOLD)."""
+        state = {**request.state, **variate.correction(request.state)}
+        update = cast("NDArray[np.float32]", trainer.train(state, request.round))
+        variate.propose(request.round, request.state, update)
+        return update
 
     def _witness(self) -> Witness:
         if self._ledger is None:
@@ -393,7 +410,7 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
         evidence: Evidence = AuditEvidence(log)
         if setup.watch is not None:
             evidence = _Told(evidence, setup.watch)
-        worker = HospitalWorker(setup, ledger)
+        worker = HospitalWorker(setup, ledger, _variate(setup, journal, vault))
         terms = setup.bundle.terms(setup.roster)
         terms = replace(terms, initial=setup.keep(terms.initial))
         if setup.journals is None:  # alone in its process: nobody else begins from the same state
@@ -411,6 +428,14 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
         )
         undone.pop_all()
     return Site(setup, daemon, machine, worker, ledger, log, closers)
+
+
+def _variate(setup: SiteSetup, journal: Journal, vault: Vault) -> ControlVariate | None:
+    """The hospital's control variate, where the study's strategy has them."""
+    settings = setup.bundle.optimizer().settings
+    if settings.name != "scaffold":
+        return None
+    return ControlVariate(journal, vault, setup.site, setup.bundle.layout, settings)
 
 
 def _journal(setup: SiteSetup) -> tuple[Journal, list[Callable[[], None]]]:

@@ -44,7 +44,7 @@ from common.integrity import code_digest
 from common.metrics import scoring_of
 from common.ports import Entropy, Tensors, Trainer
 from common.statistics import DEVIATION, MEAN
-from common.strategy import released
+from common.strategy import CORRECTION, released
 from common.world import SystemEntropy
 
 __all__ = ["PACKAGES", "TrainerProcess", "TrainerTask", "serve"]
@@ -94,7 +94,8 @@ class TrainerTask:
     @property
     def names(self) -> frozenset[str]:
         """The tensors of a state that training reads; a server optimiser's stay where they are."""
-        return frozenset({*(spec.name for spec in self.bundle.layout.specs), MEAN, DEVIATION})
+        names = [spec.name for spec in self.bundle.layout.specs]
+        return frozenset({*names, *(CORRECTION + name for name in names), MEAN, DEVIATION})
 
     def fields(self) -> dict[str, Any]:
         """The header that opens a child."""
@@ -111,7 +112,7 @@ class TrainerTask:
 
 def frame_bound(bundle: Bundle) -> int:
     """The most bytes of arrays that either side may send for this study."""
-    values = bundle.layout.size + 2 * bundle.study.feature_count
+    values = 2 * bundle.layout.size + 2 * bundle.study.feature_count
     words = scoring_of(bundle.study).length + 3 * bundle.study.feature_count
     return 4 * values + 8 * words
 

@@ -34,7 +34,7 @@ from common.joint import JointNoise
 from common.metrics import METRIC_SCALE, scoring_of, words_from_counts
 from common.ports import Tensors
 from common.statistics import DEVIATION, MEAN, STATISTIC_SCALE, StatisticsLayout
-from common.strategy import released
+from common.strategy import CORRECTION, released
 from common.study import Optimizer, Study
 from common.tensors import Layout
 
@@ -192,9 +192,9 @@ class LocalTrainer:
             if self._settings.mode == "joint":
                 return self._joint_words()
             if self._settings.mode == "local":
-                self._train_privately(start)
+                self._train_privately(start, self._correction(state))
             else:
-                self._train_plainly(start)
+                self._train_plainly(start, self._correction(state))
             update = self._weights() - start
         finally:
             self._forget(start)
@@ -255,7 +255,9 @@ class LocalTrainer:
 
     # ------------------------------------------------------------------ private steps
 
-    def _train_privately(self, start: NDArray[np.float32]) -> None:
+    def _train_privately(
+        self, start: NDArray[np.float32], correction: Sequence[torch.Tensor]
+    ) -> None:
         settings = self._settings
         assert settings.noise_multiplier is not None  # noqa: S101 - checked by the settings
         with self._engine() as engine:
@@ -263,6 +265,7 @@ class LocalTrainer:
             for _ in range(settings.local_steps):
                 self._private_step(engine, settings.noise_multiplier)
                 self._pull(anchor)
+                self._steer(correction)
                 optimizer.step()
 
     @contextlib.contextmanager
@@ -369,7 +372,9 @@ class LocalTrainer:
 
     # ------------------------------------------------------------------ plain steps
 
-    def _train_plainly(self, start: NDArray[np.float32]) -> None:
+    def _train_plainly(
+        self, start: NDArray[np.float32], correction: Sequence[torch.Tensor]
+    ) -> None:
         optimizer, anchor = self._optimizer(), self._anchor(start)
         for batch in self._plain_batches():
             optimizer.clear()
@@ -380,6 +385,7 @@ class LocalTrainer:
                     losses = self._learner.losses(rows)
                 (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
             self._pull(anchor)
+            self._steer(correction)
             optimizer.step()
 
     def _plain_batches(self) -> Iterator[NDArray[np.int64]]:
@@ -444,6 +450,23 @@ class LocalTrainer:
             for parameter, home in zip(self._ordered() if anchor else [], anchor, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter - home, alpha=self._settings.proximal)
+
+    def _correction(self, state: Tensors) -> list[torch.Tensor]:
+        """What moves every step's gradient, per parameter; nothing but with scaffold."""
+        found = [state.get(CORRECTION + spec.name) for spec in self._layout.specs]
+        return [torch.from_numpy(np.array(v)).to(self._device) for v in found if v is not None]
+
+    def _steer(self, correction: Sequence[torch.Tensor]) -> None:
+        """Add c - c_i: under DP after the noise, and both are functions of noised updates.
+
+        Source: Karimireddy et al. 2020 (SCAFFOLD).
+        """
+        with torch.no_grad():
+            for parameter, moved in zip(
+                self._ordered() if correction else [], correction, strict=True
+            ):
+                if parameter.grad is not None:
+                    parameter.grad.add_(moved)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if not self._reduced:

@@ -89,7 +89,8 @@ class Bundle:
 
     def optimizer(self) -> ServerOptimizer:
         """The server optimiser of the study."""
-        chosen = self.study.aggregation.optimizer
+        chosen, training = self.study.aggregation.optimizer, self.study.training
+        reach = training.local_steps * training.optimizer.learning_rate
         return ServerOptimizer(
             OptimizerSettings(
                 name=chosen.name,
@@ -99,6 +100,7 @@ class Bundle:
                 beta2=chosen.beta2,
                 tau=chosen.tau,
                 average=self.study.aggregation.average,
+                reach=reach if chosen.name == "scaffold" else 0.0,
             )
         )
 

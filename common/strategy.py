@@ -23,12 +23,14 @@ from common.gate import standing
 from common.ports import Tensors
 
 __all__ = [
+    "CORRECTION",
     "RANGE_FLOOR",
     "RANGE_MULTIPLE",
     "OptimizerName",
     "OptimizerSettings",
     "ServerOptimizer",
     "TensorShape",
+    "control",
     "initial_exponents",
     "mean_update",
     "model_tensors",
@@ -36,7 +38,7 @@ __all__ = [
     "released",
 ]
 
-OptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+OptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold"]
 Array = NDArray[np.float32]
 
 RANGE_MULTIPLE = 64
@@ -44,6 +46,9 @@ RANGE_MULTIPLE = 64
 
 RANGE_FLOOR = 2.0**-12
 """The smallest quantisation range: a tensor that once stood still may still move."""
+
+CORRECTION = "correction/"
+"""A hospital's own part of a state, with scaffold: what its steps' gradients are moved by."""
 
 _SLOT_PREFIX = "optimizer/"
 _AVERAGE = "average"
@@ -54,6 +59,7 @@ _SLOTS: Mapping[str, tuple[str, ...]] = {
     "fedadam": ("m", "v"),
     "fedyogi": ("m", "v"),
     "fedadagrad": ("m", "v"),
+    "scaffold": ("c",),
 }
 _CHUNK = 1 << 16
 _EXPONENT_BOUND = 120
@@ -81,6 +87,8 @@ class TensorShape(Protocol):
 class OptimizerSettings:
     """The study's `aggregation.optimizer`: which server optimiser, and its constants.
 
+    `reach`, with scaffold: K * eta, the hospitals' steps in a round times their learning rate.
+
     Raises:
         ValueError: a constant lies outside its range (the study's loader refuses it first).
     """
@@ -92,6 +100,7 @@ class OptimizerSettings:
     beta2: float = 0.99
     tau: float = 1e-3
     average: float | None = None
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in _SLOTS:
@@ -100,6 +109,8 @@ class OptimizerSettings:
             raise ValueError("the server learning rate must be positive and finite")
         if not all(0 <= share < 1 for share in (self.momentum, self.beta1, self.beta2)):
             raise ValueError("momentum, beta1 and beta2 must lie in [0, 1)")
+        if self.name == "scaffold" and not (math.isfinite(self.reach) and self.reach > 0):
+            raise ValueError("scaffold needs the reach of the hospitals' steps")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError("the decay of the average must lie in (0, 1)")
         if not (math.isfinite(self.tau) and np.float32(self.tau) * np.float32(self.tau) > 0):
@@ -107,10 +118,11 @@ class OptimizerSettings:
 
 
 class ServerOptimizer:
-    """One of the five server optimisers, as a pure function from state to state.
+    """One of the server optimisers, as a pure function from state to state.
 
     The state is one flat mapping: the model's tensors under their own names, and the
-    optimiser's slots under `optimizer/m/<tensor>` and `optimizer/v/<tensor>`. With `average`
+    optimiser's slots under `optimizer/m/<tensor>` and `optimizer/v/<tensor>`, scaffold's global
+    control variate under `optimizer/c/<tensor>`. With `average`
     the running average of the models lies under `optimizer/average/<tensor>`: what is measured
     and released (`released`). Its decay grows to `average` as min(average, (1 + t) / (10 + t)),
     so that the first models are soon forgotten.
@@ -118,13 +130,16 @@ class ServerOptimizer:
     Guarantee: the same state and mean update give the same bits on every IEEE 754 machine.
     Source: Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2 (FedAdam,
     FedYogi, FedAdagrad: no bias correction, v starts at tau squared); Hsu et al. 2019,
-    "Measuring the Effects of Non-Identical Data Distribution" (FedAvgM).
+    "Measuring the Effects of Non-Identical Data Distribution" (FedAvgM); Karimireddy et al.
+    2020, Algorithm 1, option II (SCAFFOLD): a hospital's variate changes by -c - update / (K eta),
+    so the mean of the changes needs no sum of its own.
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
         self.settings = settings
         self._slots = _SLOTS[settings.name]
         self._rate = np.float32(settings.learning_rate)
+        self._reach = np.float32(settings.reach)
         self._tau = np.float32(settings.tau)
         self._momentum = np.float32(settings.momentum)
         self._beta1, self._rest1 = np.float32(settings.beta1), np.float32(1.0 - settings.beta1)
@@ -132,7 +147,7 @@ class ServerOptimizer:
 
     def initial(self, tensors: Tensors) -> dict[str, Array]:
         """The state before the first round: copies of the model's tensors, and fresh slots."""
-        start = {"m": np.float32(0), "v": self._tau * self._tau}
+        start = {"m": np.float32(0), "c": np.float32(0), "v": self._tau * self._tau}
         state = {name: _float32(value).copy() for name, value in tensors.items()}
         if any(name.startswith(_SLOT_PREFIX) for name in state):
             raise ValueError(f"a model tensor may not be named {_SLOT_PREFIX}...")
@@ -145,8 +160,10 @@ class ServerOptimizer:
             state[_COUNT] = np.zeros(1, np.float32)
         return state
 
-    def apply(self, state: Tensors, mean_update: Tensors) -> dict[str, Array]:
+    def apply(self, state: Tensors, mean_update: Tensors, *, part: float = 1.0) -> dict[str, Array]:
         """The state after adding `mean_update` the optimiser's way; the inputs stay as they are.
+
+        `part`: the survivors' part of all hospitals' weights; scaffold alone asks for it.
 
         Raises:
             AbortedRound: a value became infinite or not a number, or this machine's
@@ -164,12 +181,15 @@ class ServerOptimizer:
         result: dict[str, Array] = {}
         with np.errstate(all="ignore"):
             for name in names:
-                result.update(self._apply_one(name, state, _float32(mean_update[name])))
+                moved = self._apply_one(name, state, _float32(mean_update[name]), np.float32(part))
+                result.update(moved)
             if self.settings.average is not None:
                 result.update(_averaged(state, result, names, np.float32(self.settings.average)))
         return result
 
-    def _apply_one(self, name: str, state: Tensors, update: Array) -> dict[str, Array]:
+    def _apply_one(
+        self, name: str, state: Tensors, update: Array, share: np.float32
+    ) -> dict[str, Array]:
         keys = [name, *(_slot_name(slot, name) for slot in self._slots)]
         if any(state[key].shape != update.shape for key in keys):
             raise ValueError("a tensor of the mean update has another shape than the state's")
@@ -178,7 +198,7 @@ class ServerOptimizer:
         flat = [array.reshape(-1) for array in new]
         delta = update.reshape(-1)
         for part in _parts(delta.size):
-            stepped = self._step(delta[part], *(array[part] for array in old))
+            stepped = self._step(share, delta[part], *(array[part] for array in old))
             for target, value in zip(flat, stepped, strict=True):
                 target[part] = value
                 if not np.isfinite(value).all():
@@ -187,12 +207,17 @@ class ServerOptimizer:
                     )
         return dict(zip(keys, new, strict=True))
 
-    def _step(self, delta: Array, weights: Array, *slots: Array) -> tuple[Array, ...]:
+    def _step(
+        self, share: np.float32, delta: Array, weights: Array, *slots: Array
+    ) -> tuple[Array, ...]:
         if self.settings.name == "fedavg":
             return (weights + self._rate * delta,)
         if self.settings.name == "fedavgm":
             velocity = self._momentum * slots[0] + delta
             return weights + self._rate * velocity, velocity
+        if self.settings.name == "scaffold":
+            gradient: Array = slots[0] + delta / self._reach
+            return weights + self._rate * delta, slots[0] - share * gradient
         first = self._beta1 * slots[0] + self._rest1 * delta
         second = self._second_moment(slots[1], delta * delta)
         root: Array = np.sqrt(second)
@@ -234,6 +259,12 @@ def released(state: Tensors) -> dict[str, Array]:
     averages = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     own = {n: v for n, v in state.items() if not n.startswith((_SLOT_PREFIX, GATE))}
     return {name: _float32(averages.get(name, value)) for name, value in own.items()}
+
+
+def control(state: Tensors) -> dict[str, Array]:
+    """Scaffold's global control variate, by tensor."""
+    prefix = _slot_name("c", "")
+    return {n.removeprefix(prefix): _float32(state[n]) for n in state if n.startswith(prefix)}
 
 
 def model_tensors(state: Tensors) -> dict[str, Array]:

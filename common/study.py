@@ -131,8 +131,9 @@ class Training(Frozen):
 class ServerOptimizer(Frozen):
     """What the coordinator does with the mean update, and every hospital repeats."""
 
-    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
-        "fedavg", description="Reddi et al. 2021 (arXiv 2003.00295)"
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold"] = Field(
+        "fedavg",
+        description="Reddi et al. 2021 (arXiv 2003.00295); scaffold: Karimireddy et al. 2020",
     )
     learning_rate: float = Field(1.0, gt=0, le=100, description="server step size")
     momentum: float = Field(0.9, ge=0, lt=1, description="with fedavgm")
@@ -419,6 +420,8 @@ class Study(Frozen):
         )
         if self.privacy.mode == "joint":
             self._joint_rules(rules)
+        if self.aggregation.optimizer.name == "scaffold":
+            self._scaffold_rules(rules)
         self._task_rules(rules)
         self._site_rules(rules)
         if self.party_count is not None and self.party_count >= MIN_SITES:
@@ -464,6 +467,35 @@ class Study(Frozen):
             where = f"sites.{index}.weight"
             message = "must be 1 with privacy.mode: joint: every patient counts alike"
             rules.require(site.weight == 1, where, message)
+
+    def _scaffold_rules(self, rules: Rules) -> None:
+        """Control variates are mean gradients, read off the way that equal plain steps went."""
+        name = "aggregation.optimizer.name"
+        rules.require(
+            self.privacy.mode != "joint",
+            name,
+            "must not be scaffold with privacy.mode: joint, where a round is one step: hospitals "
+            "cannot drift apart in it, and a correction of one's own would lie outside the noise",
+        )
+        local = self.training.optimizer
+        plain = local.name == "sgd" and not local.momentum and not local.weight_decay
+        rules.require(
+            self.privacy.mode == "joint" or plain,
+            "training.optimizer",
+            "must be sgd without momentum and weight_decay with aggregation.optimizer.name: "
+            "scaffold, which reads mean gradients off plain steps",
+        )
+        rules.require(
+            not self.training.proximal,
+            "training.proximal",
+            "must be 0 with aggregation.optimizer.name: scaffold, which corrects drift itself",
+        )
+        rules.require(
+            self.acceptance is None,
+            "acceptance",
+            "must be absent with aggregation.optimizer.name: scaffold: hospitals' control variates "
+            "cannot be rolled back with a model",
+        )
 
     def _site_rules(self, rules: Rules) -> None:
         count = len(self.sites)

@@ -31,7 +31,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Check approval, reserve the budget, count, train and measure; then call `worked`."""
+    """Check approval, reserve the budget, count, train and measure; then call `worked`.
+
+    `counted`: the round of the last link, where its sum holds this site's update; else 0.
+    """
 
     round: int
     turn: int
@@ -39,6 +42,7 @@ class Work:
     trains: bool
     measures: bool
     counts: bool = False
+    counted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from common.crypto.share import split
 from common.errors import Code, ProtocolError
 from common.protocol.effects import DropBlob, Note
 from common.protocol.terms import METRIC_LANE, STATISTIC_LANE
-from common.protocol.transcript import header_hash
-from common.protocol.wire import SALT_BYTES, TAG_BYTES, Head, Ready, RoundStart, pack, sign
+from common.protocol.transcript import header_hash, link_survivors
+from common.protocol.wire import SALT_BYTES, TAG_BYTES, Head, Link, Ready, RoundStart, pack, sign
 
 
 def on_start(state: SiteState, message: RoundStart) -> list[Effect]:
@@ -60,6 +60,7 @@ def on_start(state: SiteState, message: RoundStart) -> list[Effect]:
         trains=header.kind == "train",
         measures=state.terms.measures(chain.turn),
         counts=header.kind == "statistics",
+        counted=_counted(state.site, message.link),
     )
     note = Note(
         "round.started",
@@ -71,6 +72,11 @@ def on_start(state: SiteState, message: RoundStart) -> list[Effect]:
         },
     )
     return [kept, DropBlob(UPLOAD_BLOB), *completed, note, work]
+
+
+def _counted(site: str, link: Link | None) -> int:
+    """The round of a checked link whose survivors include this site; 0 where they do not."""
+    return link.header.round if link is not None and site in link_survivors(link) else 0
 
 
 def _again(state: SiteState, message: RoundStart) -> list[Effect] | None:

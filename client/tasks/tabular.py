@@ -38,6 +38,8 @@ def architecture(task: TabularTask) -> tuple[bytes, str]:
         "outputs": task.outcome.outputs,
         "labels": list(task.labels),
     }
+    if _proportional(task):
+        facts["proportional"] = True
     return described(task.kind, facts)
 
 
@@ -65,9 +67,40 @@ class Perceptron(nn.Module):
         return found
 
 
+class Proportional(Perceptron):
+    """A perceptron that is told the interval beside its last layer: one score, T baselines.
+
+    One linear layer reads (last layer, interval as zeros and a one) for each interval, so that
+    the row's part of every logit is the same. Shapes: (B, F), (B, K) to (B, T).
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], intervals: int) -> None:
+        super().__init__(inputs, hidden, 1)
+        last = hidden[-1] if hidden else inputs
+        self.output = nn.Linear(last + intervals, 1)
+        self._intervals = intervals
+
+    def forward(self, values: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
+        """The logit of each interval, for rows."""
+        found = torch.cat([values, categories], dim=1)
+        for name in self._names[:-1]:
+            found = self.get_submodule(name)(found)
+        count = self._intervals
+        each = found[:, None].expand(-1, count, -1)
+        places = torch.eye(count, dtype=found.dtype, device=found.device)
+        both = torch.cat([each, places.expand(len(found), -1, -1)], dim=2)
+        told: torch.Tensor = self.output(both)
+        return told.squeeze(2)
+
+
+def _proportional(task: TabularTask) -> bool:
+    return task.survival is not None and task.survival.proportional
+
+
 def network(task: TabularTask) -> nn.Module:
     """The perceptron at its first values: an output layer of zeros favours no answer."""
-    made = first_values(Perceptron(task.inputs, task.hidden, task.outcome.outputs))
+    kind = Proportional if _proportional(task) else Perceptron
+    made = first_values(kind(task.inputs, task.hidden, task.outcome.outputs))
     with torch.no_grad():
         made.get_parameter("output.weight").zero_()
     return made

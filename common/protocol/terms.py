@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -189,7 +190,8 @@ class Terms:
         trained = [name for name in state if not name.startswith(apart)]
         model = LazyTensors(trained, state.__getitem__)
         update = LazyTensors(places, mean_of)
-        moved = {**self.optimizer.apply(model, update), **kept}
+        part = math.fsum(weights) / math.fsum(self.weights.values())
+        moved = {**self.optimizer.apply(model, update, part=part), **kept}
         after = moved if self.gate is None else self.gate.moved(state, moved)
         return after, tuple(following[s.name] for s in shapes)
 

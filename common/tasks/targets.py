@@ -45,6 +45,11 @@ class SurvivalTarget(Frozen):
     edges: Annotated[Listed[Time], Field(min_length=1, max_length=100)] = Field(
         description="ends of the intervals, rising, in the unit of `time`; the last has no end"
     )
+    proportional: bool = Field(
+        default=False,
+        description="true: one score for a row, that moves the odds of every interval alike, as in "
+        "Cox's model; false: weights of its own for each interval",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

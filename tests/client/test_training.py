@@ -14,6 +14,7 @@ from client.privacy.noise import SecureNoise
 from client.training import LocalTrainer, TrainingSettings
 from common.errors import Code, DataError, RefusedError
 from common.metrics import METRIC_SCALE
+from common.strategy import CORRECTION
 from common.tensors import Layout
 from common.world import SeededEntropy
 
@@ -357,3 +358,23 @@ def test_bfloat16_rounds_have_wider_noise_and_finite_updates():
     rough = trainer_of(learner, settings(precision="bfloat16")).train(learner.state(), 1)
     exact = -clipped_sum(learner, 0.2) / 4.0
     assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
+
+
+# ------------------------------------------------------------------ control variates
+
+
+@pytest.mark.parametrize("mode", ["none", "local"])
+def test_a_correction_moves_every_step_by_itself(mode):
+    """With one step on all patients its effect is minus the learning rate times the correction."""
+    found = []
+    for scale in (0.0, 0.25):
+        learner = Rows([0, 1, 2, 3])
+        state = learner.state()
+        layout = Layout.of(state)
+        moved = {CORRECTION + n: np.full_like(v, scale) for n, v in state.items()}
+        chosen = settings(mode=mode, expected_batch=4.0, noise_multiplier=1e-9, learning_rate=0.5)
+        noise = SecureNoise(SeededEntropy("correction"))
+        trainer = LocalTrainer(learner, layout, chosen, noise, "cpu")
+        found.append(trainer.train({**state, **(moved if scale else {})}, 1))
+        assert np.array_equal(layout.flatten(learner.state()), layout.flatten(state))
+    assert found[1] - found[0] == pytest.approx(np.full_like(found[0], -0.125), abs=1e-5)

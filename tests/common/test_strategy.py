@@ -19,6 +19,7 @@ from common.errors import AbortedRound, Code
 from common.strategy import (
     OptimizerSettings,
     ServerOptimizer,
+    control,
     initial_exponents,
     mean_update,
     model_tensors,
@@ -82,6 +83,23 @@ def test_fedavgm_carries_its_velocity_forward():
     assert (state["w"], state["optimizer/m/w"]) == (1.5, 1.0)
     state = optimizer.apply(state, one(1.0))
     assert (state["w"], state["optimizer/m/w"]) == (2.25, 1.5)
+
+
+def test_scaffold_reads_the_variates_changes_off_the_mean_update():
+    """c + part * mean(-c - update / reach), which is option II's mean of changes."""
+    optimizer = ServerOptimizer(OptimizerSettings("scaffold", learning_rate=0.5, reach=4.0))
+    state = optimizer.apply(optimizer.initial(one(1.0)), one(2.0), part=0.5)
+    assert (state["w"], state["optimizer/c/w"]) == (2.0, -0.25)
+    state = optimizer.apply(state, one(1.0))
+    assert (state["w"], state["optimizer/c/w"]) == (2.5, -0.25)
+    assert control(state) == {"w": np.float32(-0.25)}
+    assert set(model_tensors(state)) == {"w"}
+
+
+@pytest.mark.parametrize("reach", [0.0, -1.0, math.inf, math.nan])
+def test_scaffold_needs_to_know_how_far_the_hospitals_steps_reach(reach):
+    with pytest.raises(ValueError, match="reach"):
+        OptimizerSettings("scaffold", reach=reach)
 
 
 # tau 1, so v starts at 1; beta1 = beta2 = 1/2; one update of 2: m = 1 and

@@ -43,6 +43,16 @@ CASES = {
         "local_steps: 1, sampling_rate: 0.5, expected_batch: 40",
         JOINT,
     ),
+    "proportional-local": (
+        "survival: {time: stay, event: died, edges: [2, 5, 10, 20], proportional: true}",
+        SGD,
+        LOCAL,
+    ),
+    "proportional": (
+        "survival: {time: stay, event: died, edges: [2, 5, 10, 20], proportional: true}",
+        SGD,
+        "{mode: none}",
+    ),
     "scores": ("labels: [no, yes]\n  columns: {label: late}", SGD, "{mode: none}"),
 }
 
@@ -102,6 +112,8 @@ def metrics(run):
         ("number-local", {"mse", "mae", "r2"}),
         ("survival", {"c_index"}),
         ("survival-joint", {"c_index"}),
+        ("proportional", {"c_index"}),
+        ("proportional-local", {"c_index"}),
         ("scores", {"auroc", "auprc", "accuracy", "sensitivity", "specificity", "ece", "brier"}),
     ],
 )
@@ -124,6 +136,7 @@ def test_without_privacy_the_models_learn(played):
     # The masked sums are exact: what was released is what the sites measure together.
     assert number["mse"] == pytest.approx(number["everywhere"]["mse"], rel=1e-3)
     assert metrics(played("survival"))["final_metrics"]["c_index"] > 0.6
+    assert metrics(played("proportional"))["final_metrics"]["c_index"] > 0.6
     assert metrics(played("scores"))["final_metrics"]["auroc"] > 0.8
 
 
@@ -152,6 +165,22 @@ def test_the_models_answer_in_the_datas_own_unit(played, tmp_path):
         assert list(found["survival"]) == ["2", "5", "10", "20", "later"]
         assert chances == sorted(chances, reverse=True)
         assert 0 <= found["risk"] <= 1
+
+
+def test_a_proportional_model_moves_every_intervals_odds_alike(played, tmp_path):
+    """Of any two patients the difference in log odds is the same in every interval."""
+
+    def spread(name):
+        data, out = played(name).parent / "data.csv", tmp_path / f"{name}.ndjson"
+        predict(played(name) / "model", data, out)
+        told = [json.loads(line)["survival"] for line in out.read_text().splitlines()]
+        chances = np.array([list(one.values()) for one in told])
+        hazards = 1 - chances / np.column_stack([np.ones(len(chances)), chances[:, :-1]])
+        odds = np.log(hazards / (1 - hazards))[:, :4]
+        return float(np.ptp(odds - odds[:1], axis=1).max())
+
+    assert spread("proportional") < 0.01
+    assert spread("survival") > 0.3  # the control: weights of its own for each interval
 
 
 @pytest.mark.parametrize(

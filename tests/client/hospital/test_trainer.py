@@ -137,6 +137,20 @@ def test_the_child_gives_joint_words_and_measures_the_average(task_of, child, lo
     assert np.array_equal(average, near.measure({**state, **moved}, 1))
 
 
+def test_a_correction_of_scaffold_reaches_the_child(task_of, child, local):
+    from common.strategy import CORRECTION
+    from common.world import SeededEntropy
+
+    task = task_of()
+    far = child(task, command=(sys.executable, "-c", SEEDED))
+    near = local(task, SeededEntropy("noise"))
+    moved = {CORRECTION + n: np.full_like(v, 0.5) for n, v in task.bundle.initial.items()}
+    plain, corrected = state_of(task.bundle), {**state_of(task.bundle), **moved}
+    update = far.train(corrected, 1)
+    assert np.array_equal(update, near.train(corrected, 1))
+    assert not np.allclose(update, near.train(plain, 2), atol=1e-3)
+
+
 def test_a_real_child_draws_its_own_noise_and_stays_warm(task_of, child, tmp_path):
     task = task_of()
     trainer = child(task)
