@@ -122,7 +122,9 @@ class _Classifier(_Predictor):
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
         self._encode = Encoder(backbone.tokenizer, saved_reading(model.config))
         names = model.config.id2label
-        self._outcome = Classes(tuple(str(names[index]) for index in sorted(names)))
+        labels = tuple(str(names[index]) for index in sorted(names))
+        many = model.config.problem_type == "multi_label_classification"
+        self._outcome = LabelSet(labels) if many else Classes(labels)
         self.header = header(self._outcome)
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:

@@ -119,17 +119,30 @@ def _tables(asked: _Asked, columns: TableColumns) -> Taken:
 
 def _notes(asked: _Asked) -> Received:
     taken = _tables(asked, _note_columns(asked))
-    return Received(taken.records, taken.dropped)
+    if not (asked.answered and asked.task.several):
+        return Received(taken.records, taken.dropped)
+    column = asked.names.label or asked.task.columns.label
+    known = frozenset(asked.task.labels)
+
+    def parted(record: Record) -> Record:
+        told = (part.strip() for part in record.codes[0].split(";"))
+        labels = _parts(part for part in told if part)
+        _require_known(record, column, labels, known)
+        return replace(record, codes=(), labels=labels)
+
+    return Received(tuple(map(parted, taken.records)), taken.dropped)
 
 
 def _note_columns(asked: _Asked) -> TableColumns:
+    """With several labels, their column is read as a code: it may be empty."""
     task: DiagnosisTask = asked.task
-    label = asked.names.label or task.columns.label
+    label = (asked.names.label or task.columns.label) if asked.answered else None
     return TableColumns(
         asked.names.text or task.columns.text,
         asked.patient(),
-        label if asked.answered else None,
+        None if task.several else label,
         asked.site,
+        codes=(label,) if task.several and label is not None else (),
         most=task.max_notes if asked.answered else None,
     )
 
