@@ -110,6 +110,17 @@ def test_the_hours_change_the_answer(played):
     assert len(changed) > 0.9 * len(with_hours)  # some were certain before
 
 
+def test_the_verb_takes_the_hours_beside_the_table(played, tmp_path):
+    model, cases = played("none") / "model", DATA / "cases.csv"
+    rows = []
+    for name, more in (("poor.csv", []), ("whole.csv", ["--with", str(DATA / "hours.csv")])):
+        out = tmp_path / name
+        assert main(["predict", str(model), str(cases), "--out", str(out), *more]) == 0
+        rows.append(out.read_text().splitlines())
+    assert len(rows[0]) == len(rows[1]) == 481
+    assert rows[0] != rows[1]
+
+
 # ------------------------------------------------------------------ rows that cannot be used
 
 
@@ -198,6 +209,20 @@ def test_hours_alone_are_no_cases(copied):
     with pytest.raises(DataError) as caught:
         receive(load(STUDY, Study).task, [copied / "hours.csv"])
     assert caught.value.code is Code.DATA_EMPTY
+
+
+def test_data_check_counts_what_is_missing(capsys, copied):
+    assert main(["client", "data", "check", str(STUDY), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["records"], told["patients"]) == ("480", "480")
+    assert [column["name"] for column in told["columns"]] == [
+        *("crp", "lactate"),
+        *("heart_rate", "systolic"),
+    ]
+    edited(copied, "cases.csv", "images/c1.png", "images/none.png")
+    files = [str(copied / name) for name in ("cases.csv", "hours.csv")]
+    assert main(["client", "data", "check", str(STUDY), *files, "--json"]) == 1
+    assert "cases.csv:" in capsys.readouterr().out
 
 
 def test_data_check_knows_the_columns():

@@ -137,6 +137,22 @@ def test_data_check_reads_the_column_that_may_be_empty(data, tiny_bert):
     assert (columns.label, columns.codes) == (None, ("label",))
 
 
+def test_data_check_counts_every_label(data, tmp_path, capsys):
+    told = document(data, NONE)
+    told["task"]["encoder"] = ENCODER
+    (tmp_path / "study.yaml").write_text(json.dumps(told))
+    assert main(["client", "data", "check", str(tmp_path / "study.yaml"), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["labels"]
+    assert set(counts) == set(LABELS)
+    assert all(int(count) > 50 for count in counts.values())
+
+
+def test_a_model_of_notes_takes_no_further_file(played, data, tmp_path):
+    with pytest.raises(DataError) as caught:
+        predict(played(NONE, "head") / "model", data, tmp_path / "x.csv", beside=[data])
+    assert caught.value.code is Code.DATA_FORMAT
+
+
 # ------------------------------------------------------------------ learning
 
 
