@@ -1,14 +1,18 @@
 """Chinese questions to a department, by characters: `diagnosis` with an encoder of its own.
 
     python benchmarks/task_chinese.py [--seeds 3] [--json FILE]   central and federated, test set
+    python benchmarks/task_chinese.py --validate                  held-out training patients alone
     python benchmarks/task_chinese.py --quick                     central, one seed, fewer steps
 
 Rows: `central`, all records in one place; `federated`, five hospitals whose departments are
 skewed (Dirichlet 0.5), no privacy mode: whole simulations with masks and audit; `federated eps 8`,
-the same with joint noise and a quarter of the parameters. The vocabulary is GB 2312's list of
+the same with joint noise and fewer parameters. The vocabulary is GB 2312's list of
 characters; nothing is pretrained.
 Goal: 0.95 accuracy, central (a linear model on TF-IDF of one to three characters, whose
 vocabulary is counted from the data, reaches 0.970).
+
+The private row's settings were chosen with --validate, after a first run on test patients (another
+learning rate and a larger encoder, one seed) had learned nothing; the others are first guesses.
 
 --json keeps a line for each row and seed, as soon as it is known; what stands there is not run
 again. Data: ../shared/data/chinese_medical_dialogue_im, or the folder above it in WARDROUND_DATA.
@@ -36,7 +40,7 @@ from quality import central, cpu_seconds, data_folder, federated
 GOAL = 0.95
 MOST_CHARACTERS = 128
 ENCODER = {"vocabulary": "gb2312", "width": 64, "channels": 128, "kernels": [1, 2, 3]}
-SMALL = {"vocabulary": "gb2312-level-1", "width": 32, "channels": 48, "kernels": [1, 2, 3]}
+SMALL = {"vocabulary": "gb2312-level-1", "width": 16, "channels": 32, "kernels": [1, 2]}
 PLAIN = {"privacy": {"mode": "none"}}
 ROWS: Mapping[str, dict[str, Any]] = {
     # The sites of a study are one place here: batches of 16 at each are 64 in all.
@@ -64,14 +68,14 @@ ROWS: Mapping[str, dict[str, Any]] = {
     },
     "federated eps 8": {
         "privacy": {"mode": "joint", "epsilon": 8, "delta": 1e-5, "clip_norm": 1.0},
-        "aggregation": {"optimizer": {"name": "fedadam", "learning_rate": 0.003, "tau": 1e-3}},
+        "aggregation": {"optimizer": {"name": "fedadam", "learning_rate": 0.05}},
         "split": {"by": "dirichlet", "alpha": 0.5, "sites": 5},
         "quorum": {"colluders": 1, "survivors": 5},
         "training": {
-            "rounds": 40,
+            "rounds": 80,
             "local_steps": 1,
-            "sampling_rate": 0.2,
-            "expected_batch": 230,
+            "sampling_rate": 0.3,
+            "expected_batch": 279,
             "micro_batch": 128,
         },
     },
@@ -93,9 +97,9 @@ def tables(folder: Path) -> tuple[tuple[Path, Path], tuple[str, ...]]:
     return (folder / "train.csv", folder / "test.csv"), tuple(sorted({r["label"] for r in rows}))
 
 
-def study(name: str, seed: int, folder: Path, *, quick: bool) -> Path:
+def study(name: str, seed: int, folder: Path, *, test: bool, quick: bool) -> Path:
     """The study of a row, written where it can be loaded."""
-    (train, test), labels = tables(folder)
+    (train, held), labels = tables(folder)
     terms = json.loads(json.dumps(ROWS[name]))
     split = terms.pop("split")
     if quick:
@@ -112,7 +116,7 @@ def study(name: str, seed: int, folder: Path, *, quick: bool) -> Path:
         "evaluation": {"every": terms["training"]["rounds"]},
         **terms,
         "simulation": {
-            "data": {"files": [str(train)], "test_files": [str(test)]},
+            "data": {"files": [str(train)], "test_files": [str(held)] * test},
             "split": split,
             "seed": seed,
         },
@@ -128,12 +132,12 @@ def known(path: Path | None) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def run(name: str, seed: int, *, quick: bool) -> dict[str, Any]:
+def run(name: str, seed: int, *, test: bool, quick: bool) -> dict[str, Any]:
     """One line of the results."""
     began = cpu_seconds()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = study(name, seed, folder, quick=quick)
+        config = study(name, seed, folder, test=test, quick=quick)
         found = (
             central(config, seed) if name == "central" else federated(config, folder / "o", seed)
         )
@@ -145,6 +149,7 @@ def run(name: str, seed: int, *, quick: bool) -> dict[str, Any]:
         "patients": found.patients,
         "epsilon": found.epsilon,
         "cpu_seconds": round(cpu_seconds() - began, 1),
+        "test": test,
         "quick": quick,
     }
 
@@ -174,17 +179,19 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=None)
     parser.add_argument("--json", type=Path, default=None, help="one line for each row and seed")
+    parser.add_argument("--validate", action="store_true", help="the test set is not opened")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = arguments.rows or (["central"] if arguments.quick else list(ROWS))
-    lines = [line for line in known(arguments.json) if line["quick"] == arguments.quick]
+    asked = {"test": not arguments.validate, "quick": arguments.quick}
+    lines = [line for line in known(arguments.json) if all(line[k] == v for k, v in asked.items())]
     done = {(line["row"], line["seed"]) for line in lines}
     for seed in range(1 if arguments.quick else arguments.seeds):
         for name in names:
             if (name, seed) in done:
                 continue
-            lines.append(run(name, seed, quick=arguments.quick))
+            lines.append(run(name, seed, **asked))
             if arguments.json is not None:
                 with arguments.json.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(lines[-1]) + "\n")
