@@ -12,10 +12,10 @@ inputs missing. Patients are parted into training and test as the text's authors
 
 Rows: `text`, `numbers`, `series` alone, `all` together; each `central` (all records in one place)
 and `federated` (hospitals by region: four, whole simulations with masks, no privacy mode); and
-`all, eps 8`, the same with joint noise and fewer parameters. Goal: `all` has a higher AUROC than its
-best single input, central and federated; central, the difference is told with a 95 % interval of a
-bootstrap over test stays. `all, text hidden` (and so on) is the model of `all`, central, when nobody
-has that input: what a missing one costs. Target, steps and learning rates were chosen on training
+`all, eps 8`, the same with joint noise and fewer parameters. Goal: `all` has a higher AUROC than
+its best single input, central and federated; central, the difference is told with a 95 % interval
+of a bootstrap over test stays. `all, text hidden` (and so on) is the model of `all`, central, when
+nobody has that input: what a missing one costs. Target, steps and learning rates were chosen on training
 patients; those of the federated rows once more, after first runs on test patients (one seed each)
 with five times as many steps, where `all` was below `series`, and with a larger private model.
 
