@@ -58,6 +58,15 @@ def _configure_predict(parser: argparse.ArgumentParser) -> None:
         "file", type=Path, help="CSV, NDJSON or Parquet with the notes or the features"
     )
     parser.add_argument("--out", type=Path, default=None, help="where predictions go")
+    parser.add_argument(
+        "--with",
+        dest="beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a further file of the same records: measurements by the hour",
+    )
     parser.add_argument("--text", default="text", help="name of the notes' column")
     parser.add_argument("--patient", default=None, help="a column to carry over")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -73,6 +82,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.file,
         out,
+        beside=arguments.beside,
         text=arguments.text,
         patient=arguments.patient,
         device=arguments.device,

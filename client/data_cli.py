@@ -15,6 +15,7 @@ from common.errors import Code
 
 if TYPE_CHECKING:
     from client.data.profile import Profile
+    from client.data.records import Record
     from client.data.tables import TableColumns
     from common.study import Study
 
@@ -39,7 +40,7 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from client.data.profile import profile_tables, schema_of, tokenizer_of
+    from client.data.profile import profile_records, profile_tables, schema_of, tokenizer_of
 
     study = _study(arguments.study)
     files, columns = _source(arguments, study)
@@ -51,7 +52,11 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     tokens = None if study.model is None else tokenizer_of(study.model.backbone)
     with _progress(quiet=arguments.json) as tick:
-        found = profile_tables(files, columns, schema_of(study), tokens=tokens, tick=tick)
+        if _read_whole(study):
+            records = _as_trained(study, files, columns, label=arguments.label)
+            found = profile_records(records, schema_of(study), tokens=tokens, tick=tick)
+        else:
+            found = profile_tables(files, columns, schema_of(study), tokens=tokens, tick=tick)
     if arguments.json:
         emit_json({"study": study.name, "files": [str(file) for file in files], **found.to_json()})
     else:
@@ -96,6 +101,29 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
     config = config or DEFAULT_CONFIG
     local = local_files(load(config, SiteConfig), config)
     return list(local.files), table_columns(study.task, names=local.names)
+
+
+def _read_whole(study: Study) -> bool:
+    """Whether a record says more than one row's cells: labels in one cell, or several files."""
+    return study.task.kind == "multimodal" or (
+        study.task.kind == "diagnosis" and study.diagnosis.several
+    )
+
+
+def _as_trained(
+    study: Study, files: list[Path], columns: TableColumns, *, label: str | None
+) -> Iterator[Record]:
+    """The records as training reads them; what it would refuse ends them. Raises DataError."""
+    from client.data.intake import Names, receive
+
+    # The first column that may be empty: the labels of a note, or the note of a case.
+    first = columns.codes[0] if columns.codes else None
+    if study.task.kind == "diagnosis":
+        names = Names(columns.patient, columns.text, label or first)
+    else:
+        reads = getattr(study.task, "text", None) is not None
+        names = Names(columns.patient, first if reads else None, columns.label)
+    yield from receive(study.task, files, names=names, site=columns.site).records
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Federation:
             for name, parameter in learner.trainable().items():
                 parameter.copy_(torch.from_numpy(np.array(state[name])))
             learner.module.eval()
-            if isinstance(learner, RowsLearner):
+            if isinstance(learner, RowsLearner | DiagnosisLearner):
                 return learner.measure_patients()
             return learner.measure()[None]
 

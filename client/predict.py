@@ -44,6 +44,7 @@ def predict(
     file: Path,
     out: Path,
     *,
+    beside: Sequence[Path] = (),
     text: str = "text",
     patient: str | None = None,
     device: str = "auto",
@@ -54,6 +55,7 @@ def predict(
         model_folder: a folder that training wrote (any folder with a sequence classifier works).
         file: CSV, Parquet or NDJSON with a text column, or with the columns of the model's task.
         out: must not exist; appears whole or not at all.
+        beside: further files of the same records, for a model that reads measurements by the hour.
         text: the column with the notes; another task's model names its own columns.
         patient: a column to carry over into the output, or None.
         device: auto, cpu or cuda[:N].
@@ -70,8 +72,11 @@ def predict(
     classify: _Predictor
     if (model_folder / TASK_FILE).is_file():
         rows = _Rows(model_folder, device)
-        records = receive_inputs(rows.task, [file], patient=patient)
+        records = receive_inputs(rows.task, [file, *beside], patient=patient)
         classify = rows
+    elif beside:
+        message = f"{beside[0]}: this model reads one file of notes."
+        raise DataError(Code.DATA_FORMAT, message, remedy="Leave out --with.")
     else:
         records = read_table(file, TableColumns(text=text, patient=patient), labels=None)
         classify = _Classifier(model_folder, device)
@@ -122,7 +127,9 @@ class _Classifier(_Predictor):
         self._pad = int(backbone.tokenizer.pad_token_id or 0)
         self._encode = Encoder(backbone.tokenizer, saved_reading(model.config))
         names = model.config.id2label
-        self._outcome = Classes(tuple(str(names[index]) for index in sorted(names)))
+        labels = tuple(str(names[index]) for index in sorted(names))
+        many = model.config.problem_type == "multi_label_classification"
+        self._outcome = LabelSet(labels) if many else Classes(labels)
         self.header = header(self._outcome)
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:

@@ -20,6 +20,7 @@ from common.secagg import quorum as quorums
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
+from common.tasks.multimodal import MultimodalTask
 from common.tasks.prognosis import PrognosisTask
 from common.tasks.tabular import TabularTask
 
@@ -54,7 +55,7 @@ MAX_SITES: Final = 255  # Shamir's x-coordinates are one byte
 
 Term = str | int | tuple["Term", ...] | dict[str, "Term"]
 Task = Annotated[
-    DiagnosisTask | TabularTask | ImagingTask | PrognosisTask | MedicationTask,
+    DiagnosisTask | TabularTask | ImagingTask | PrognosisTask | MedicationTask | MultimodalTask,
     Field(discriminator="kind"),
 ]
 

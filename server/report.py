@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import Code, StorageError
 from common.joint import audiences
 from common.metrics import FALLING, TITLES, Interval, Metrics, Scoring
+from common.tasks.diagnosis import OWN_NETWORK
 from server.table import Rollbacks, amount, duration, epsilon_range
 
 if TYPE_CHECKING:
@@ -605,6 +606,10 @@ def _card_tags(result: RunResult) -> list[str]:
     if result.task == "tabular":
         kind = "classification" if result.labels else "regression"
         return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
+    if result.task == "multimodal":
+        return ["library_name: wardround"]
+    if result.backbone.startswith(OWN_NETWORK):
+        return ["library_name: wardround", "pipeline_tag: text-classification"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 

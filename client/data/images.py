@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from client.data.records import Record
 from common.errors import Code, DataError
 from common.tasks.imaging import ImagingTask
+from common.tasks.multimodal import ImageInput
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +77,7 @@ class Look:
     window: tuple[float, float] | None = None
 
 
-def look_of(task: ImagingTask) -> Look:
+def look_of(task: ImagingTask | ImageInput) -> Look:
     """How a study's pictures are brought before its network."""
     window = None if task.window is None else (task.window.center, task.window.width)
     return Look(task.size, task.channels, task.fit, window)

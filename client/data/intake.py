@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from client.data.records import Record
-from client.data.series import series_columns, take_series
+from client.data.series import has_column, series_columns, take_series
 from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
@@ -17,6 +17,7 @@ from common.study import Task
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
+from common.tasks.multimodal import MultimodalTask
 from common.tasks.prognosis import PrognosisTask
 from common.tasks.tabular import TabularTask
 
@@ -76,10 +77,15 @@ def receive_inputs(
 
 
 def table_columns(
-    task: DiagnosisTask | TabularTask, *, names: Names | None = None, site: str | None = None
+    task: DiagnosisTask | TabularTask | MultimodalTask,
+    *,
+    names: Names | None = None,
+    site: str | None = None,
 ) -> TableColumns:
     """The columns of a task whose records are rows of one table, by their names in the files."""
     asked = _Asked(task, (), names or Names(), site, answered=True)
+    if isinstance(task, MultimodalTask):
+        return _mixed_columns(asked)
     return _note_columns(asked) if isinstance(task, DiagnosisTask) else _value_columns(asked)
 
 
@@ -113,17 +119,30 @@ def _tables(asked: _Asked, columns: TableColumns) -> Taken:
 
 def _notes(asked: _Asked) -> Received:
     taken = _tables(asked, _note_columns(asked))
-    return Received(taken.records, taken.dropped)
+    if not (asked.answered and asked.task.several):
+        return Received(taken.records, taken.dropped)
+    column = asked.names.label or asked.task.columns.label
+    known = frozenset(asked.task.labels)
+
+    def parted(record: Record) -> Record:
+        told = (part.strip() for part in record.codes[0].split(";"))
+        labels = _parts(part for part in told if part)
+        _require_known(record, column, labels, known)
+        return replace(record, codes=(), labels=labels)
+
+    return Received(tuple(map(parted, taken.records)), taken.dropped)
 
 
 def _note_columns(asked: _Asked) -> TableColumns:
+    """With several labels, their column is read as a code: it may be empty."""
     task: DiagnosisTask = asked.task
-    label = asked.names.label or task.columns.label
+    label = (asked.names.label or task.columns.label) if asked.answered else None
     return TableColumns(
         asked.names.text or task.columns.text,
         asked.patient(),
-        label if asked.answered else None,
+        None if task.several else label,
         asked.site,
+        codes=(label,) if task.several and label is not None else (),
         most=task.max_notes if asked.answered else None,
     )
 
@@ -210,6 +229,88 @@ def _series(asked: _Asked) -> Received:
     return Received(taken.records, taken.dropped, taken.tally.counts)
 
 
+def _mixed(asked: _Asked) -> Received:
+    """The table first, then the hours, then pixels. An empty cell is a missing input."""
+    task: MultimodalTask = asked.task
+    alone = task.as_prognosis()
+    hourly: list[Path] = []
+    if task.series is not None:
+        hourly = [file for file in asked.files if has_column(file, task.series.time)]
+    tables = replace(asked, files=tuple(file for file in asked.files if file not in hourly))
+    if not tables.files:
+        raise DataError(Code.DATA_EMPTY, "no file is given that has a row for each case.")
+    taken = _tables(tables, _mixed_columns(tables))
+    stays: dict[str, Record] = {}
+    if alone is not None and hourly:
+        found = take_series(hourly, series_columns(alone, target=False), labels=None)
+        stays = {record.encounter: record for record in found.records}
+    records, used = _joined(task, taken.records, stays)
+    tally = {UNKNOWN_STAYS: len(stays) - used} if len(stays) > used else {}
+    return Received(records, taken.dropped, tally)
+
+
+UNKNOWN_STAYS: Final = "stays with hours that no row of the tables names, or takes"
+
+
+def _mixed_columns(asked: _Asked) -> TableColumns:
+    """Notes, images and stays are read as codes, which may be empty."""
+    task: MultimodalTask = asked.task
+    numbers = task.numbers
+    return TableColumns(
+        None,
+        asked.patient(),
+        (asked.names.label or task.columns.label) if asked.answered and task.labels else None,
+        asked.site,
+        numbers=() if numbers is None else tuple(one.name for one in numbers.features),
+        codes=(
+            *_cells_of(task, asked.names),
+            *(() if numbers is None else (one.name for one in numbers.categories)),
+        ),
+        number=task.number.column if asked.answered and task.number is not None else None,
+        most=task.max_records if asked.answered else None,
+    )
+
+
+def _cells_of(task: MultimodalTask, names: Names) -> tuple[str, ...]:
+    """The columns of a row's note, image and stay, where the task has them, in this order."""
+    return (
+        *(() if task.text is None else (names.text or task.text.column,)),
+        *(() if task.image is None else (task.image.column,)),
+        *(() if task.series is None else (task.series.stay,)),
+    )
+
+
+def _joined(
+    task: MultimodalTask, records: Sequence[Record], stays: Mapping[str, Record]
+) -> tuple[tuple[Record, ...], int]:
+    """The records with their images and hours, and how many of the stays they use."""
+    from client.data.images import image_of, look_of
+
+    seen: dict[str, Record] = {}
+
+    def whole(record: Record) -> Record:
+        left = list(record.codes)
+        text = left.pop(0) if task.text is not None else ""
+        image = series = None
+        if task.image is not None:
+            given, name = task.image, left.pop(0)
+            if name:
+                folder = Path(record.file).parent
+                image = image_of(folder, name, look_of(given), where=record.where)
+        stay = left.pop(0) if task.series is not None else ""
+        if stay and seen.setdefault(stay, record) is not record:
+            message = f"{record.where}: names the stay of another row ({seen[stay].where})."
+            raise DataError(Code.DATA_VALUE, message)
+        if stay in stays:
+            series = stays[stay].series
+        return replace(
+            record, text=text, image=image, series=series, encounter=stay, codes=tuple(left)
+        )
+
+    done = tuple(map(whole, records))
+    return done, len(seen.keys() & stays.keys())
+
+
 def _parts(words: Iterable[str]) -> tuple[str, ...]:
     """Each word once, in the order in which it first stands."""
     return tuple(dict.fromkeys(words))
@@ -232,5 +333,6 @@ _READS: Final[Mapping[type, Callable[[_Asked], Received]]] = MappingProxyType(
         ImagingTask: _images,
         MedicationTask: _codes,
         PrognosisTask: _series,
+        MultimodalTask: _mixed,
     }
 )

@@ -40,9 +40,10 @@ from client.data.tables import (
     _unreadable,
 )
 from common.errors import Code, DataError
-from common.outcomes import Number
+from common.outcomes import LabelSet, Number
 from common.study import MAX_SITES, Study
 from common.tasks.cases import CaseRules, NumberAnswer
+from common.tasks.multimodal import MultimodalTask
 
 __all__ = [
     "Bounds",
@@ -125,6 +126,7 @@ class Schema:
     """What a study declares about its records.
 
     Attributes:
+        several: a record has any of the labels, or none.
         features: of a record's `values`, in order. series: of the columns of its `series`.
         categories: of its `codes`, in order: the values that the study knows.
         number: of its `number`. most: records of a patient that are read.
@@ -132,6 +134,7 @@ class Schema:
     """
 
     labels: tuple[str, ...] = ()
+    several: bool = False
     text: bool = False
     features: tuple[Bounds, ...] = ()
     series: tuple[Bounds, ...] = ()
@@ -149,10 +152,13 @@ def schema_of(study: Study) -> Schema:
     number = None
     if isinstance(outcome, Number):
         number = Bounds("what is predicted", outcome.low, outcome.high)
+    if isinstance(task, MultimodalTask):
+        return _schema_of_inputs(task, number)
     bounds = Bounds.of(getattr(task, "features", ()))
     by_hour = hasattr(task, "hours")
     return Schema(
         labels=study.labels,
+        several=isinstance(outcome, LabelSet),
         text=hasattr(task, "max_tokens"),
         features=() if by_hour else bounds,
         series=bounds if by_hour else (),
@@ -162,6 +168,22 @@ def schema_of(study: Study) -> Schema:
         number=number,
         max_tokens=getattr(task, "max_tokens", None),
         most=getattr(task, "max_notes", None),
+    )
+
+
+def _schema_of_inputs(task: MultimodalTask, number: Bounds | None) -> Schema:
+    """What is declared of inputs of several kinds, each of which may be missing."""
+    row = task.numbers
+    categories = () if row is None else row.categories
+    return Schema(
+        labels=task.outcome.labels,
+        text=task.text is not None,
+        features=() if row is None else Bounds.of(row.features),
+        series=() if task.series is None else Bounds.of(task.series.features),
+        categories=tuple((entry.name, frozenset(entry.values)) for entry in categories),
+        number=number,
+        max_tokens=None if task.text is None else task.text.max_tokens,
+        most=task.max_records,
     )
 
 
@@ -602,7 +624,7 @@ class Profiler:
         yield from self._repeat_fixes()
 
     def _label_fixes(self) -> Iterator[Fix]:
-        if self._unlabelled and self._unlabelled < self.records:
+        if self._unlabelled and self._unlabelled < self.records and not self._schema.several:
             yield Fix("fault", f"{_told(self._unlabelled)} record(s) have no label")
         if self._unknown:
             told = _told(self._unknown)

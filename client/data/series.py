@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from common.tasks.prognosis import PrognosisTask
 
-__all__ = ["SeriesColumns", "TakenSeries", "series_columns", "take_series"]
+__all__ = ["SeriesColumns", "TakenSeries", "has_column", "series_columns", "take_series"]
 
 Unit = Literal["days", "hours", "minutes", "seconds"]
 
@@ -101,6 +101,16 @@ def series_columns(
         site=site,
         most=task.max_stays,
     )
+
+
+def has_column(path: Path, name: str) -> bool:
+    """Whether a file that can hold series has this column; others have none. Raises DataError."""
+    lower = path.name.lower()
+    kind = next((k for k in ("csv.gz", "csv", "parquet") if lower.endswith("." + k)), None)
+    if kind is None or not path.is_file():
+        return False
+    with _blamed(path):
+        return name in (_parquet_names(path) if kind == "parquet" else _csv_names(path, kind))
 
 
 def take_series(

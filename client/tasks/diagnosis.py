@@ -1,4 +1,4 @@
-"""The task `diagnosis`: one label for each clinical note, by a text encoder.
+"""The task `diagnosis`: one label, or several, for each clinical note, by a pretrained encoder.
 
 With tuning `head` the encoder never changes, so a note's features are computed once and kept in
 memory; what trains, federates and is measured is the classifier alone. With every other tuning
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from client.data.records import Record, by_patient
 from client.devices import computes_in_bfloat16
 from client.tasks.backbone import Backbone
 from client.tasks.base import Index, owners_of
 from client.tasks.network import Network, network_for
-from client.tasks.outcomes import measured, targets_of
+from client.tasks.outcomes import losses_of, measured, targets_of
 from client.tasks.text import Encoder, Reading, batch_inputs
 from common.metrics import scoring_of
 from common.study import Study
+from common.tasks.diagnosis import DiagnosisTask
 
-__all__ = ["DiagnosisLearner"]
+__all__ = ["DiagnosisLearner", "invented_notes", "probe_of"]
 
 _FORWARD_ROWS: Final = 32
 # Invented notes of several lengths, two of one patient: what a model is tried on at admission.
@@ -134,7 +134,7 @@ class DiagnosisLearner:
         return owners_of(notes.starts[notes.patients], patients)
 
     def losses(self, rows: Index) -> torch.Tensor:
-        """Cross-entropy of each row; the rows of one note share their note's loss.
+        """The outcome's loss of each row; the rows of one note share their note's loss.
 
         Runs in the caller's precision: whoever clips must know it.
 
@@ -144,14 +144,14 @@ class DiagnosisLearner:
         if notes.features is not None:
             at = torch.from_numpy(rows).to(self._device)
             logits = self.module(notes.features[at]).float()
-            return functional.cross_entropy(logits, notes.labels[at], reduction="none")
+            return losses_of(self._study.task.outcome, logits, notes.labels[at])
         logits = self._forward(self.module, [notes.rows[row] for row in rows])
         distinct, where = np.unique(self._row_record[rows], return_inverse=True)
         place = torch.from_numpy(where).to(self._device)
         counts = torch.from_numpy(np.bincount(where)).to(self._device, logits.dtype)
         pooled = _sum_by(logits, place, len(distinct)) / counts[:, None]
         labels = notes.labels[torch.from_numpy(distinct).to(self._device)]
-        losses = functional.cross_entropy(pooled, labels, reduction="none")[place]
+        losses = losses_of(self._study.task.outcome, pooled, labels)[place]
         weight = torch.from_numpy(self._row_weight[rows]).to(self._device)
         return losses * weight
 
@@ -160,12 +160,17 @@ class DiagnosisLearner:
 
         Shapes: (M,) float64.
         """
+        total: NDArray[np.float64] = self.measure_patients().sum(axis=0)
+        return total
+
+    def measure_patients(self) -> NDArray[np.float64]:
+        """The same by held-out patient, where the scoring is. Shapes: (P, M), or (1, M) summed."""
         notes = self._held_out
         if notes.patient_count == 0:
-            return np.zeros(self._scoring.length)
+            return np.zeros((0, self._scoring.length))
         with torch.no_grad():
             logits = self._logits(notes)
-        found = measured(
+        return measured(
             self._study.task.outcome,
             self._scoring,
             logits,
@@ -173,8 +178,6 @@ class DiagnosisLearner:
             notes.patients,
             loss_cap=self._study.evaluation.loss_cap,
         )
-        total: NDArray[np.float64] = found.sum(axis=0)
-        return total
 
     def _prepare(self, records: Sequence[Record], encoder: Encoder) -> _Notes:
         groups = by_patient(records)
@@ -277,11 +280,24 @@ def _sum_by(values: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tens
     return total.index_add(0, place, values)
 
 
+def invented_notes(task: DiagnosisTask, notes: Sequence[tuple[str, str]]) -> tuple[Record, ...]:
+    """Records of invented notes, (patient, text), with some answer of the task."""
+    labels = task.labels
+    return tuple(
+        Record(
+            patient,
+            text,
+            None if task.several else labels[at % len(labels)],
+            None,
+            "probe",
+            at + 1,
+            labels=labels[at % len(labels) :: 2] if task.several else (),
+        )
+        for at, (patient, text) in enumerate(notes)
+    )
+
+
 def probe_of(study: Study, backbone: Backbone, device: torch.device) -> DiagnosisLearner:
     """The study's network over fixed public notes: what is tried before anybody's records are."""
-    labels = study.labels
-    records = [
-        Record(patient, text, labels[at % len(labels)], None, "probe", at + 1)
-        for at, (patient, text) in enumerate(_PROBE)
-    ]
+    records = invented_notes(study.diagnosis, _PROBE)
     return DiagnosisLearner(study, records, (), backbone, device=device)

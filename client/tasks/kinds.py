@@ -15,5 +15,6 @@ def code_of(task: Task) -> RowsTask:
     """The module of a task that brings its own network. Raises TypeError where it has none."""
     if task.pretrained:
         raise TypeError(f"a task of kind {task.kind} trains a pretrained network")
-    found: Any = import_module(f"client.tasks.{task.kind}")
+    name = "notes" if task.kind == "diagnosis" else task.kind
+    found: Any = import_module(f"client.tasks.{name}")
     return cast("RowsTask", found)

@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,6 +64,7 @@ class Plan:
     """Everything about a study that shapes its network."""
 
     labels: tuple[str, ...]
+    several: bool
     tuning: str
     lora: Lora
     freeze_embeddings: bool
@@ -73,7 +74,8 @@ class Plan:
     def of(study: Study) -> Plan:
         """The study's network, in short."""
         return Plan(
-            labels=tuple(study.task.labels),
+            labels=study.labels,
+            several=study.diagnosis.several,
             tuning=study.network.tuning,
             lora=study.network.lora,
             freeze_embeddings=study.network.freeze_embeddings,
@@ -163,7 +165,7 @@ def bare_model(plan: Plan, backbone: Backbone) -> nn.Module:
 
     config = _config(plan, backbone)
     keep_classifier = _named_labels(config) == plan.labels
-    _set_labels(config, plan.labels)
+    _set_labels(config, plan)
     pooling = _wants_pooling_layer(plan, backbone, config)
     fresh = pooling and not _wardround(config).get("pooling_layer", False)
     if fresh:
@@ -245,11 +247,12 @@ def _named_labels(config: Any) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
-def _set_labels(config: Any, labels: Sequence[str]) -> None:
+def _set_labels(config: Any, plan: Plan) -> None:
+    labels = plan.labels
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = f"{'multi' if plan.several else 'single'}_label_classification"
 
 
 def _position_count(config: Any) -> int | None:

@@ -1,16 +1,20 @@
-"""The terms of the task `diagnosis`: one label for each clinical note."""
+"""The terms of the task `diagnosis`: one label, or several, for each clinical note."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from common.config import Frozen, Rules
 from common.fields import Feature, Listed, Text, repeats
-from common.outcomes import Classes
+from common.outcomes import Classes, LabelSet
+from common.tasks.encoders import TextEncoder
 
-__all__ = ["DiagnosisColumns", "DiagnosisTask"]
+__all__ = ["OWN_NETWORK", "DiagnosisColumns", "DiagnosisTask"]
+
+OWN_NETWORK: Final = "text convolutions over "
+"""How the name of an encoder that is no pretrained one begins."""
 
 
 class DiagnosisColumns(Frozen):
@@ -18,7 +22,10 @@ class DiagnosisColumns(Frozen):
 
     patient: Text = Field("patient", description="who the record is about: the unit of privacy")
     text: Text = Field("text", description="the clinical note")
-    label: Text = Field("label", description="the diagnosis, one of task.labels")
+    label: Text = Field(
+        "label",
+        description="the diagnosis, one of task.labels; with task.several, any, parted by ;",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -32,15 +39,19 @@ class DiagnosisColumns(Frozen):
 
 
 class DiagnosisTask(Frozen):
-    """What is learned: one label for each clinical note."""
+    """What is learned: one label, or several, for each clinical note.
 
-    pretrained: ClassVar[bool] = True
+    The encoder is a pretrained one (section `model`), or `encoder`, trained from the start.
+    """
+
     features: ClassVar[tuple[Feature, ...]] = ()
-    network_name: ClassVar[str] = "text encoder"
 
-    kind: Literal["diagnosis"] = Field(description="diagnosis: one label for each clinical note")
+    kind: Literal["diagnosis"] = Field(description="diagnosis: labels for each clinical note")
     labels: Annotated[Listed[Text], Field(min_length=2, max_length=1000)] = Field(
         description="every class, in the order of the model's outputs; never discovered from data"
+    )
+    several: bool = Field(
+        default=False, description="a note may have several labels, or none; each is told by itself"
     )
     columns: DiagnosisColumns = Field(
         DiagnosisColumns(), description="column names in the hospitals' files"
@@ -58,6 +69,9 @@ class DiagnosisTask(Frozen):
     )
     stop_words: Literal["none", "english"] = Field("none", description="words removed before")
     stemming: Literal["none", "english"] = Field("none", description="stemmer applied before")
+    encoder: TextEncoder | None = Field(
+        None, description="instead of the section model: a small encoder, trained from the start"
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -71,10 +85,30 @@ class DiagnosisTask(Frozen):
             f"must be less than max_tokens ({self.max_tokens}), or tokens between two windows are "
             f"never read (is {self.window_stride})",
         )
+        rules.require(
+            not window or self.encoder is None,
+            "long_notes",
+            "must be truncate with an encoder, which reads the first max_tokens",
+        )
+        for index, label in enumerate(self.labels):
+            whole = not self.several or ";" not in label
+            rules.require(whole, f"labels.{index}", "has a semicolon, which parts labels")
         rules.done()
         return self
 
     @property
-    def outcome(self) -> Classes:
+    def pretrained(self) -> bool:
+        """Whether the section `model` names what learns."""
+        return self.encoder is None
+
+    @property
+    def network_name(self) -> str:
+        """What learns, in words."""
+        if self.encoder is None:
+            return "text encoder"
+        return f"{OWN_NETWORK}{self.encoder.vocabulary}"
+
+    @property
+    def outcome(self) -> Classes | LabelSet:
         """What the model predicts."""
-        return Classes(self.labels)
+        return LabelSet(self.labels) if self.several else Classes(self.labels)
