@@ -610,6 +610,8 @@ def _card_tags(result: RunResult) -> list[str]:
         return ["library_name: wardround"]
     if result.backbone.startswith(OWN_NETWORK):
         return ["library_name: wardround", "pipeline_tag: text-classification"]
+    if result.task == "prognosis":
+        return ["library_name: wardround", "pipeline_tag: time-series-forecasting"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 

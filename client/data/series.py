@@ -401,7 +401,7 @@ class _Grid:
         if at == len(self._values):
             more = np.full((max(1024, at // 2), *self._values.shape[1:]), np.nan, np.float32)
             self._values = np.concatenate([self._values, more])
-        found = _Stay(at, (str(cells.file.path), cells.first + row))
+        found = _Stay(at, (str(cells.file.path), cells.first + int(row)))
         self.stays[name] = found
         return found
 

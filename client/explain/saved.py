@@ -111,7 +111,7 @@ class RowsModel:
         series = np.full((hours, len(names)), np.nan)
         if record.series is not None:
             series[: len(record.series)] = record.series[:hours]
-        last = self.task.quantity.last if self.task.quantity is not None else None
+        last = self.task.last
         return explain_series(
             self._network,
             inputs,

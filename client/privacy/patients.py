@@ -28,7 +28,7 @@ class Patients:
         self.count = count
         self.device = device
         self.single = self.rows == count and bool((owner == np.arange(count)).all())
-        self._recent: tuple[Tensor, Tensor] | None = None
+        self._recent: list[tuple[Tensor, Tensor]] = []
         if self.single:
             return
         self._longest = int(sizes.max(initial=0))
@@ -63,11 +63,11 @@ class Patients:
     def gram(self, values: Tensor) -> Tensor:
         """(P, T, d) to (P, T, T): every inner product of a patient's steps.
 
-        The last one is remembered: layers that share an input (queries, keys and values), or
-        an output gradient (token, position and segment tables), come one after another.
+        The last two are remembered: layers that share an input (queries, keys and values), or
+        an output gradient (token, position and segment tables; the two matrices of a recurrent
+        layer), come one after another.
         """
-        if self._recent is not None:
-            last, gram = self._recent
+        for last, gram in self._recent:
             if (
                 last.data_ptr() == values.data_ptr()
                 and last.shape == values.shape
@@ -75,12 +75,12 @@ class Patients:
             ):
                 return gram
         gram = torch.bmm(values, values.mT)
-        self._recent = values, gram
+        self._recent = [*self._recent[-1:], (values, gram)]
         return gram
 
     def forget(self) -> None:
         """Drop what `gram` remembers."""
-        self._recent = None
+        self._recent = []
 
 
 def _moved(values: NDArray[np.int64] | NDArray[np.float64], device: torch.device) -> Tensor:

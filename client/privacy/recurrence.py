@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from client.privacy.products import adder, crossed
+
 __all__ = ["GRUSteps", "LSTMSteps", "Recurrence"]
 
 
@@ -61,7 +63,7 @@ class _Link(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """The weight's gradient: products over rows and steps."""
         (before,) = ctx.before
-        return gradient.flatten(0, 1).T @ before.flatten(0, 1), None, None
+        return crossed(gradient.flatten(0, 1), before.flatten(0, 1)), None, None
 
 
 class _LSTMLoop(torch.autograd.Function):
@@ -89,7 +91,7 @@ class _LSTMLoop(torch.autograd.Function):
             cells, leaned = torch.zeros_like(hiddens), torch.empty_like(hiddens[1:])
             doubled = weight.float() * 2
             doubled[2 * size : 3 * size] *= 2
-            _steps_forward(gates, hiddens, cells, leaned, doubled.t())
+            _steps_forward(gates, hiddens, cells, leaned, doubled)
             hiddens.mul_(2)
         ctx.save_for_backward(gates, cells, leaned, weight)
         ctx.kind = projected.dtype
@@ -122,12 +124,12 @@ class _LSTMLoop(torch.autograd.Function):
 
 
 def _steps_forward(
-    gates: Tensor, hiddens: Tensor, cells: Tensor, leaned: Tensor, turned: Tensor
+    gates: Tensor, hiddens: Tensor, cells: Tensor, leaned: Tensor, weight: Tensor
 ) -> None:
     """Fill in the gates, half the hidden states, twice the cell states and their sigmoids.
 
     Shapes: gates (T, B, 4H), which hold the inputs' part, the new value's doubled; hiddens and
-        cells (T + 1, B, H), leaned (T, B, H), turned (H, 4H).
+        cells (T + 1, B, H), leaned (T, B, H), weight (4H, H).
     """
     parts = [part.unbind(0) for part in gates.chunk(4, 2)]
     after = zip(
@@ -138,10 +140,10 @@ def _steps_forward(
         leaned.unbind(0),
         strict=True,
     )
+    add = adder(weight, gates.shape[1])
     hidden, cell = hiddens[0], cells[0]
     for gate, enter, forget, fresh, leave, next_hidden, next_cell, lean in after:
-        gate.addmm_(hidden, turned)
-        gate.sigmoid_()
+        torch.sigmoid(add(gate, hidden), out=gate)
         cell = torch.mul(forget, cell, out=next_cell)
         cell.addcmul_(enter, fresh, value=4).sub_(enter, alpha=2)
         torch.sigmoid(cell, out=lean)
@@ -165,12 +167,13 @@ def _steps_backward(
     inner, leave = found[:, :, :3].unbind(0), found[:, :, 3].unbind(0)
     slopes, forgets, hiddens = through.unbind(0), forget.unbind(0), d_hidden.unbind(0)
     outers = None if outer is None else outer.unbind(0)
+    add = adder(weight.t(), len(hiddens[0]))
     d_cell = torch.zeros_like(hiddens[0])
     broad = d_cell.unsqueeze(1)
     for t in range(len(flat) - 1, -1, -1):
         hidden = hiddens[t]
         if t + 1 < len(flat):
-            hidden.addmm_(flat[t + 1], weight)
+            hidden = add(hidden, flat[t + 1])
             d_cell.mul_(forgets[t + 1])
         d_cell.addcmul_(hidden, slopes[t])
         if outers is not None:
@@ -186,7 +189,8 @@ def _gate_slopes(gates: Tensor, cells: Tensor, leaned: Tensor) -> tuple[Tensor, 
         leaned (T, B, H); returns (T, B, 4, H) and (T, B, H).
     """
     enter, _, fresh, leave = gates.chunk(4, 2)
-    slopes = torch.addcmul(gates, gates, gates, value=-1).unflatten(2, (4, -1))
+    slopes = torch.addcmul(gates, gates, gates, value=-1)
+    slopes = slopes.view(*slopes.shape[:2], 4, -1)
     slopes[:, :, 0].mul_(fresh.mul(2).sub_(1))
     slopes[:, :, 1].mul_(cells[:-1]).mul_(0.5)
     slopes[:, :, 2].mul_(enter).mul_(4)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client.privacy.patients import Patients, parted, squared, weighted, wide, without
+from client.privacy.products import crossed
 from client.privacy.recurrence import Recurrence
 from common.errors import Code, RefusedError
 
@@ -38,6 +39,9 @@ _LOST: Final = 2.0**-126
 _KEEP: Final = 2
 _KEEP_SMALL: Final = 4
 _SMALL: Final = 1 << 22
+# With few steps, inner products cost less than reading the gradients again.
+_KEEP_SHORT: Final = 1
+_SHORT: Final = 64
 
 
 _RECURRENT: Final = frozenset({"RNNBase", "RNNCellBase", "DPRNNBase", "DPRNNCellBase"})
@@ -109,7 +113,9 @@ def _product(
         else:
             right = right * scale
         if blocks == 1:
-            return (left.reshape(-1, outputs).T @ right.reshape(-1, inputs))[None]
+            if left.transpose(0, 1).is_contiguous():  # as a recurrent layer leaves it
+                left, right = left.transpose(0, 1), right.transpose(0, 1)
+            return crossed(left.reshape(-1, outputs), right.reshape(-1, inputs))[None]
         return torch.einsum(
             "pbto,pbti->boi",
             parted(left, 0, (count, blocks)),
@@ -124,6 +130,8 @@ def _product(
         ]
         return (norms[0] * norms[1]).square(), again
     most = _KEEP_SMALL if count * outputs * inputs <= _SMALL else _KEEP
+    if length < _SHORT:
+        most = min(most, _KEEP_SHORT)
     if count == 1 or outputs * inputs <= most * length * (outputs + inputs):
         kept = parted(torch.bmm(gradient.mT, activation), 0, (count, blocks))
         return squared(kept), lambda factors, bad: weighted(factors, kept, bad)
@@ -133,7 +141,7 @@ def _product(
 
 def _ghost(activation: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
     """Squared norms of g^T a from inner products alone, (P,) float64, never too small."""
-    left, right = torch.bmm(gradient, gradient.mT), patients.gram(activation)
+    left, right = patients.gram(gradient), patients.gram(activation)
     found = (left * right).sum((1, 2)).double().clamp(min=0)
     lost = [_LOST * gradient.shape[2], _LOST * activation.shape[2]]
     sizes = [

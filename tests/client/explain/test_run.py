@@ -303,16 +303,17 @@ def loaded_as(monkeypatch, task, code, folder, *, features):
     return RowsModel(save(folder, task, code, features=features), "cpu")
 
 
-@pytest.mark.parametrize("quantity", [None, {"low": 0.0, "high": 10.0, "last": "urea"}])
-def test_a_saved_trajectory_is_explained_by_hour_and_measurement(monkeypatch, tmp_path, quantity):
+@pytest.mark.parametrize("number", [None, {"column": "later", "low": 0.0, "high": 10.0}])
+def test_a_saved_trajectory_is_explained_by_hour_and_measurement(monkeypatch, tmp_path, number):
     from client.tasks import prognosis
     from common.tasks.prognosis import PrognosisTask
 
     task = PrognosisTask.model_validate(
         {
             "kind": "prognosis",
-            "labels": [] if quantity else ["lives", "dies"],
-            "quantity": quantity,
+            "labels": [] if number else ["lives", "dies"],
+            "number": number,
+            "last": "urea" if number else None,
             "features": [
                 {"name": name, "low": 0.0, "high": 10.0} for name in ("age", "urea", "rate")
             ],
@@ -327,8 +328,8 @@ def test_a_saved_trajectory_is_explained_by_hour_and_measurement(monkeypatch, tm
         assert found.found.balance.complete
         assert found.values.sum() == pytest.approx(found.found.balance.total, abs=1e-6)
         assert not found.values[np.isnan(found.grid.values)].any(), "only what was measured counts"
-        told = found.found.answer["value" if quantity else "probabilities"]
-        at = told if quantity else told[found.found.explained]
+        told = found.found.answer["value" if number else "probabilities"]
+        at = told if number else told[found.found.explained]
         assert found.found.curve.ours[0] == pytest.approx(at, abs=1e-5)
         assert "".join(page([Case(1, None, found)])).count("<section") == 3
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from client.privacy import products
 from client.privacy.engine import PerSampleEngine
 from client.privacy.recurrent import LoopGRU, LoopLSTM, last_valid
 from common.errors import Code, RefusedError
@@ -65,6 +66,34 @@ def test_outputs_states_and_gradients_are_those_of_the_fused_layer(
                 assert torch.allclose(
                     own[key], other[f"bias_{name}_{suffix}"], atol=1e-5, rtol=1e-5
                 )
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["onednn", "none"])
+def test_large_products_are_exact_whoever_computes_them(monkeypatch, there):
+    if there and products._LINEAR is None:
+        pytest.skip("this PyTorch has no such operation")
+    if not there:
+        monkeypatch.setattr(products, "_LINEAR", None)
+    torch.manual_seed(1)
+    fused = nn.LSTM(16, 96, batch_first=True)
+    layer, values = LoopLSTM.from_fused(fused), torch.randn(24, 12, 16)
+    assert products.fits(layer.cells[0].recurrent.weight, 24) == there
+    found, own = run(layer, values, None)
+    wanted, other = run(fused, values, None, packed=True)
+    for left, right in zip(found, wanted, strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+    for name, reference in (("input", "weight_ih_l0"), ("recurrent", "weight_hh_l0")):
+        assert torch.allclose(own[f"cells.0.{name}.weight"], other[reference], rtol=1e-4, atol=1e-4)
+    engine = PerSampleEngine(layer, dict(layer.named_parameters()), 0.1)
+    alone = torch.zeros_like(fused.weight_hh_l0)
+    for row in values:
+        # Ours has one bias where torch has two that get the same gradient.
+        parts = torch.autograd.grad(fused(row[None])[0].sum(), list(fused.parameters())[:3])
+        norm = sum(float(part.double().square().sum()) for part in parts) ** 0.5
+        alone += parts[1] * min(1.0, 0.1 / norm)
+    losses = layer(values)[0].sum((1, 2))
+    sums = engine.clipped_sum(losses, np.arange(24), 24).gradients
+    assert torch.allclose(sums["cells.0.recurrent.weight"], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
