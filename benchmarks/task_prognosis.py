@@ -354,7 +354,7 @@ def modelled(
         return {way: asked(folder / "run" / "model", folder, found)}
 
 
-def baseline(found: Cohort, seed: int, test: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+def baseline(found: Cohort, test: NDArray[np.int64]) -> dict[str, dict[str, float]]:
     """Logistic regression, or the last value carried forward (the mean where there is none)."""
     train = np.setdiff1d(np.arange(len(found.ids)), test)
     if not found.classes:
@@ -461,7 +461,7 @@ def predictions(
 
         def make(test: NDArray[np.int64] = test) -> dict[str, dict[str, float]]:
             return (
-                baseline(found, seed, test)
+                baseline(found, test)
                 if way == "baseline"
                 else modelled(found, way, seed, test, quick=quick)
             )
