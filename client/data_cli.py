@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from common.cli import Command, CommandError, emit_json, say, table
 from common.errors import Code
+from common.tasks.imaging import ImagingTask
+from common.tasks.medication import MedicationTask
+from common.tasks.prognosis import PrognosisTask
 
 if TYPE_CHECKING:
     from client.data.profile import Profile
@@ -79,14 +82,21 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
     """The files, and the columns by their names there."""
     from client.data.intake import table_columns
 
+    task = study.task
+    if isinstance(task, ImagingTask | PrognosisTask | MedicationTask):
+        raise CommandError(
+            Code.USAGE,
+            f"wardround client data check: it does not read studies of kind {task.kind}.",
+            remedy="Type `wardround check STUDY.yaml`; a simulation names what it cannot read.",
+        )
     if arguments.files:
-        return list(arguments.files), table_columns(study.task)
+        return list(arguments.files), table_columns(task)
     config = arguments.config
     simulation = study.simulation
     if config is None and simulation is not None:
         folder = arguments.study.parent
         names = (*simulation.data.files, *simulation.data.test_files)
-        columns = table_columns(study.task, site=simulation.split.column)
+        columns = table_columns(task, site=simulation.split.column)
         return [(folder / name).resolve() for name in names], columns
     if config is None and not DEFAULT_CONFIG.exists():
         raise CommandError(
@@ -100,7 +110,7 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
 
     config = config or DEFAULT_CONFIG
     local = local_files(load(config, SiteConfig), config)
-    return list(local.files), table_columns(study.task, names=local.names)
+    return list(local.files), table_columns(task, names=local.names)
 
 
 def _read_whole(study: Study) -> bool:

@@ -126,3 +126,19 @@ def test_nothing_that_trains_is_loaded_for_it(study, tmp_path):
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+OTHERS = {
+    "prognosis": {"labels": ["home", "died"], "features": [{"name": "hr", "low": 0, "high": 200}]},
+    "imaging": {"labels": ["normal", "pneumonia"]},
+    "medication": {"labels": ["A02B", "N02B"]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_study_whose_records_are_no_table_rows_is_refused_by_name(kind, wardround, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({**STUDY, "task": {"kind": kind, **OTHERS[kind]}}))
+    status, _, problems = wardround("client", "data", "check", study)
+    assert status != 0
+    assert f"it does not read studies of kind {kind}" in problems
