@@ -216,6 +216,12 @@ class Code(Enum):
         "The model folder or the predictions cannot be written.",
         "Check the free space and the permissions of the output folder; nothing was replaced.",
     )
+    TASK_ABSENT = (
+        "WR-2080",
+        "A task of a package of its own is not installed here, or not whole.",
+        "Install the package that offers it (entry point group wardround.tasks), the same version "
+        "at every party.",
+    )
     OUTPUT_EXISTS = (
         "WR-2109",
         "The output is already there and is not overwritten.",

@@ -17,6 +17,7 @@ from common.fields import FilePath, Listed, Name, Seconds, Text, repeats
 from common.joint import RING_BITS as JOINT_RING_BITS
 from common.outcomes import Classes
 from common.secagg import quorum as quorums
+from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
@@ -55,7 +56,13 @@ MAX_SITES: Final = 255  # Shamir's x-coordinates are one byte
 
 Term = str | int | tuple["Term", ...] | dict[str, "Term"]
 Task = Annotated[
-    DiagnosisTask | TabularTask | ImagingTask | PrognosisTask | MedicationTask | MultimodalTask,
+    DiagnosisTask
+    | TabularTask
+    | ImagingTask
+    | PrognosisTask
+    | MedicationTask
+    | MultimodalTask
+    | CustomTask,
     Field(discriminator="kind"),
 ]
 
@@ -657,6 +664,8 @@ def _term(value: object) -> Term:
     """One value of the signed terms."""
     if isinstance(value, BaseModel):
         return {name: _term(getattr(value, name)) for name in sorted(type(value).model_fields)}
+    if isinstance(value, dict):
+        return {name: _term(value[name]) for name in sorted(value)}
     if isinstance(value, tuple):
         return tuple(_term(item) for item in value)
     if isinstance(value, bool):

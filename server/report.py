@@ -603,7 +603,7 @@ def _card_head(result: RunResult) -> str:
 
 
 def _card_tags(result: RunResult) -> list[str]:
-    if result.task == "tabular":
+    if result.task in {"tabular", "custom"}:
         kind = "classification" if result.labels else "regression"
         return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
     if result.task == "multimodal":

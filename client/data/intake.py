@@ -14,12 +14,13 @@ from client.data.tables import TableColumns, Taken, take_tables
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
 from common.study import Task
+from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
 from common.tasks.multimodal import MultimodalTask
 from common.tasks.prognosis import PrognosisTask
-from common.tasks.tabular import TabularTask
+from common.tasks.tabular import RowTerms, TabularTask
 
 __all__ = ["Names", "Received", "receive", "receive_inputs", "table_columns"]
 
@@ -77,7 +78,7 @@ def receive_inputs(
 
 
 def table_columns(
-    task: DiagnosisTask | TabularTask | MultimodalTask,
+    task: DiagnosisTask | TabularTask | MultimodalTask | CustomTask,
     *,
     names: Names | None = None,
     site: str | None = None,
@@ -153,7 +154,7 @@ def _values(asked: _Asked) -> Received:
 
 
 def _value_columns(asked: _Asked) -> TableColumns:
-    task: TabularTask = asked.task
+    task: RowTerms = asked.task
     columns = TableColumns(
         None,
         asked.patient(),
@@ -330,6 +331,7 @@ _READS: Final[Mapping[type, Callable[[_Asked], Received]]] = MappingProxyType(
     {
         DiagnosisTask: _notes,
         TabularTask: _values,
+        CustomTask: _values,
         ImagingTask: _images,
         MedicationTask: _codes,
         PrognosisTask: _series,

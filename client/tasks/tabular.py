@@ -21,7 +21,7 @@ from client.tasks.rows import Encoded, described, first_values
 from common.fields import Feature
 from common.outcomes import Classes, Hazard
 from common.statistics import scaled
-from common.tasks.tabular import TabularTask
+from common.tasks.tabular import RowTerms, TabularTask
 
 __all__ = ["architecture", "bounds", "encode", "invented", "network", "probes"]
 
@@ -114,7 +114,7 @@ def bounds(features: Sequence[Feature]) -> tuple[NDArray[np.float64], NDArray[np
     )
 
 
-def encode(task: TabularTask, records: Sequence[Record]) -> Encoded:
+def encode(task: RowTerms, records: Sequence[Record]) -> Encoded:
     """Values (N, F) as parts of their ranges, and categories (N, K) as zeros and ones."""
     values = np.array([record.values for record in records], np.float64)
     part = scaled(values.reshape(len(records), len(task.features)), *bounds(task.features))
@@ -126,7 +126,7 @@ def encode(task: TabularTask, records: Sequence[Record]) -> Encoded:
     return Encoded(part, (found.T.contiguous(),))
 
 
-def probes(task: TabularTask) -> tuple[Record, ...]:
+def probes(task: RowTerms) -> tuple[Record, ...]:
     """Fixed rows within the study's public bounds."""
     low, high = bounds(task.features)
     return tuple(

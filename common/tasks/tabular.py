@@ -11,7 +11,7 @@ from common.fields import Feature, Listed, Text, Width, repeats
 from common.outcomes import Classes, Outcome
 from common.tasks.targets import NumberTarget, SurvivalTarget
 
-__all__ = ["Category", "TabularColumns", "TabularTask"]
+__all__ = ["Category", "RowTerms", "TabularColumns", "TabularTask"]
 
 
 class Category(Frozen):
@@ -47,8 +47,8 @@ class TabularColumns(Frozen):
         return self
 
 
-class TabularTask(Frozen):
-    """What is learned: one label, one number, or one survival time for each row of features.
+class RowTerms(Frozen):
+    """One label, one number, or one survival time for each row of features, by any network.
 
     Numbers are normalised by mean and deviation over all hospitals, which are counted inside the
     secure sum before training (docs/PRIVACY.md, "Normalisation").
@@ -56,7 +56,6 @@ class TabularTask(Frozen):
 
     pretrained: ClassVar[bool] = False
 
-    kind: Literal["tabular"] = Field(description="tabular: one answer for each row of features")
     labels: Annotated[Listed[Text], Field(max_length=1000)] = Field(
         (), description="every class, in the order of the model's outputs; never found in data"
     )
@@ -72,9 +71,6 @@ class TabularTask(Frozen):
     )
     categories: Annotated[Listed[Category], Field(max_length=1000)] = Field(
         (), description="columns with a few public values, in the order of the inputs after"
-    )
-    hidden: Annotated[Listed[Width], Field(max_length=8)] = Field(
-        (), description="widths of the hidden layers; none is (logistic) regression"
     )
 
     @model_validator(mode="after")
@@ -117,6 +113,15 @@ class TabularTask(Frozen):
     def inputs(self) -> int:
         """Numbers that the network is given."""
         return len(self.features) + sum(len(found.values) for found in self.categories)
+
+
+class TabularTask(RowTerms):
+    """What is learned: an answer for each row, by regression or a perceptron."""
+
+    kind: Literal["tabular"] = Field(description="tabular: one answer for each row of features")
+    hidden: Annotated[Listed[Width], Field(max_length=8)] = Field(
+        (), description="widths of the hidden layers; none is (logistic) regression"
+    )
 
     @property
     def network_name(self) -> str:
