@@ -605,6 +605,8 @@ def _card_tags(result: RunResult) -> list[str]:
     if result.task == "tabular":
         kind = "classification" if result.labels else "regression"
         return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
+    if result.task == "imaging":
+        return ["library_name: wardround", "pipeline_tag: image-classification"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 
