@@ -446,3 +446,16 @@ def test_made_safe_leaves_other_layers_as_they_are():
     module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     before = [id(layer) for layer in module]
     assert [id(layer) for layer in made_safe(module, 8)] == before
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_a_real_librarys_network_is_made_safe_and_admitted(name):
+    library, _, short = name.partition(":")
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    terms = task(size=32, network={"kind": "backbone", "name": name, "groups": 8})
+    module = imaging.network(terms)
+    assert not any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in module.modules())
+    assert admit(Patients(started(module), images(terms))).startswith("bookkeeping")
+    with refused(DataError, Code.MODEL_FOLDER, "not known"):
+        library_network(f"{library}:no_such_network", 2, size=32, groups=8)
+    assert short in imaging.architecture(terms)[1]
