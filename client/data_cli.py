@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from common.cli import Command, CommandError, emit_json, say, table
 from common.errors import Code
-from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
 from common.tasks.prognosis import PrognosisTask
 
@@ -68,6 +67,31 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if found.usable else _FAILED
 
 
+def _configure_unpack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path, metavar="FILE.npz", help="an archive of MedMNIST")
+    parser.add_argument("folder", type=Path, help="the folder to write; must not exist")
+    parser.add_argument(
+        "--labels",
+        default=None,
+        metavar="A,B,...",
+        help="names of the labels 0, 1, ...; without: the numbers themselves",
+    )
+
+
+def _unpack(arguments: argparse.Namespace) -> int:
+    from client.data.images import unpack_medmnist
+
+    labels = None if arguments.labels is None else tuple(arguments.labels.split(","))
+    counts = unpack_medmnist(arguments.archive, arguments.folder, labels)
+    if arguments.json:
+        emit_json({"folder": str(arguments.folder), "images": counts})
+        return 0
+    for part, count in counts.items():
+        say(f"{arguments.folder / part}.csv: {count} images")
+    say("next: name these tables in a study with task.kind: imaging, then wardround check STUDY")
+    return 0
+
+
 def _study(path: Path) -> Study:
     from common.bundle import STUDY_FILE, Bundle
     from common.config import load
@@ -83,7 +107,7 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
     from client.data.intake import table_columns
 
     task = study.task
-    if isinstance(task, ImagingTask | PrognosisTask | MedicationTask):
+    if isinstance(task, PrognosisTask | MedicationTask):
         raise CommandError(
             Code.USAGE,
             f"wardround client data check: it does not read studies of kind {task.kind}.",
@@ -218,5 +242,11 @@ COMMANDS: Final = [
         "say what the records hold, and what in them does not fit a study",
         _configure_check,
         _check,
+    ),
+    Command(
+        "client data unpack",
+        "write an archive of images (MedMNIST) as tables and PNGs",
+        _configure_unpack,
+        _unpack,
     ),
 ]

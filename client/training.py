@@ -27,7 +27,7 @@ from client.privacy.discrete import DiscreteGaussian
 from client.privacy.engine import EngineKind, PerSampleEngine, choose_engine
 from client.privacy.noise import SecureNoise
 from client.privacy.sampling import sample_patients
-from client.tasks.base import Learner, Normalising, Probing
+from client.tasks.base import Learner, Normalising, Probing, Varying
 from common.errors import Code, DataError
 from common.joint import SLACK as JOINT_SLACK
 from common.joint import JointNoise
@@ -336,6 +336,7 @@ class LocalTrainer:
 
     def _clipped_total(self, engine: PerSampleEngine) -> torch.Tensor:
         """The clipped sum of one fresh Poisson sample, flat, (d,) float32."""
+        self._vary()
         count = self._learner.patient_count()
         sample = sample_patients(self._noise, count, self._settings.sampling_rate)
         total = torch.zeros(self._layout.size, dtype=torch.float32, device=self._device)
@@ -378,6 +379,7 @@ class LocalTrainer:
         optimizer, anchor = self._optimizer(), self._anchor(start)
         for batch in self._plain_batches():
             optimizer.clear()
+            self._vary()
             pieces = list(self._micro_batches(batch))
             count = sum(len(rows) for rows, _, _ in pieces)
             for rows, _, _ in pieces:
@@ -398,6 +400,11 @@ class LocalTrainer:
                 order = self._noise.permutation(count)
             yield order[:size]
             order = order[size:]
+
+    def _vary(self) -> None:
+        """A new variation of the inputs, for one step, where the study asks for any."""
+        if isinstance(self._learner, Varying) and self._learner.varies:
+            self._learner.vary(int(self._noise.uint64(1)[0]))
 
     # ------------------------------------------------------------------ weights
 
@@ -423,6 +430,8 @@ class LocalTrainer:
     def _forget(self, start: NDArray[np.float32]) -> None:
         """Leave nothing behind but the state that came in, which the coordinator knows."""
         self._load(start)
+        if isinstance(self._learner, Varying):
+            self._learner.vary(None)
         for parameter in self._parameters.values():
             parameter.grad = None
         self._noise.renew()

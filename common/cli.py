@@ -65,7 +65,7 @@ HOMES: Final[Mapping[str, tuple[str, ...]]] = {
     "common.doctor": ("doctor",),
     "client.cli": ("study build", "predict", "privacy"),
     "client.explain_cli": ("explain",),
-    "client.data_cli": ("client data check",),
+    "client.data_cli": ("client data check", "client data unpack"),
     "client.enrol_cli": ("client join", "client rotate"),
     "client.operate_cli": (
         *("client review", "client approve", "client withdraw", "client run"),
@@ -103,6 +103,7 @@ _ORDER: Final = (
     *("server report", "server revoke", "client rotate", "server renew"),
     *(
         "client data check",
+        "client data unpack",
         "client review",
         "client approve",
         "client run",

@@ -612,6 +612,8 @@ def _card_tags(result: RunResult) -> list[str]:
         return ["library_name: wardround", "pipeline_tag: text-classification"]
     if result.task == "prognosis":
         return ["library_name: wardround", "pipeline_tag: time-series-forecasting"]
+    if result.task == "imaging":
+        return ["library_name: wardround", "pipeline_tag: image-classification"]
     return ["library_name: transformers", "pipeline_tag: text-classification"]
 
 

@@ -6,10 +6,13 @@ guessed, no text in it is kept, and no message repeats what it says.
 
 from __future__ import annotations
 
+import csv
 import io
 import os
+import shutil
 import stat
 import struct
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -17,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.data.records import Record
-from common.errors import Code, DataError
+from common.errors import Code, DataError, StorageError
 from common.tasks.imaging import ImagingTask
 from common.tasks.multimodal import ImageInput
 
@@ -46,6 +49,7 @@ __all__ = [
     "opened",
     "read_image",
     "read_medmnist",
+    "unpack_medmnist",
 ]
 
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
@@ -57,6 +61,7 @@ _DICOM: Final = (".dcm", ".dicom")
 SUFFIXES: Final = (*_FORMATS, *_DICOM)
 """The names' ends, in lower case, that tell what a picture is."""
 _OPAQUE: Final = 255
+_MOST_LABELS: Final = 1000
 _BROKEN: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 Pixels = NDArray[np.uint8]
@@ -310,9 +315,10 @@ def _resized(pixels: Pixels, size: int) -> Pixels:
 # ---------------------------------------------------------------------- MedMNIST
 
 
-def read_medmnist(
-    path: Path, part: Literal["train", "val", "test"], labels: Sequence[str]
-) -> tuple[Record, ...]:
+Part = Literal["train", "val", "test"]
+
+
+def read_medmnist(path: Path, part: Part, labels: Sequence[str]) -> tuple[Record, ...]:
     """One part of a MedMNIST archive, every image a patient of its own.
 
     Args:
@@ -337,6 +343,73 @@ def read_medmnist(
         Record(f"{part}-{at}", "", labels[int(number)], None, str(path), at + 1, image=image)
         for at, (image, number) in enumerate(zip(images, numbers[:, 0], strict=True))
     )
+
+
+def unpack_medmnist(
+    path: Path, folder: Path, labels: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Write an archive as a hospital has its images: a table and a folder of PNGs for each part.
+
+    Args:
+        path: the .npz file.
+        folder: must not exist; appears whole or not at all. It then holds train.csv, val.csv and
+            test.csv, as far as the archive has these parts, with the columns patient, image and
+            label, and the images below.
+        labels: names of the labels 0, 1 and so on; None: the numbers are their names.
+
+    Returns:
+        images by part.
+
+    Raises:
+        DataError: it is not such an archive, a number has no label, or the folder is there.
+        StorageError: the folder cannot be written.
+    """
+    if folder.exists():
+        raise DataError(Code.OUTPUT_EXISTS, f"{folder}: is already there.")
+    names = labels if labels is not None else [str(number) for number in range(_MOST_LABELS)]
+    there = [part for part in get_args(Part) if _holds(path, f"{part}_images")]
+    if not there:
+        raise DataError(Code.DATA_COLUMNS, f"{path}: has no array train_images.")
+    counts = {}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            for part in there:
+                counts[part] = _write_part(beside, part, read_medmnist(path, part, names))
+            beside.chmod(0o755)
+            beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        message = f"{folder}: cannot be written ({error.strerror})."
+        raise StorageError(Code.MODEL_OUTPUT, message) from None
+    return counts
+
+
+def _write_part(folder: Path, part: str, records: Sequence[Record]) -> int:
+    from PIL import Image
+
+    (folder / part).mkdir()
+    with (folder / f"{part}.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["patient", "image", "label"])
+        for record in records:
+            file = f"{part}/{record.patient}.png"
+            Image.fromarray(np.asarray(record.image)).save(folder / file)
+            writer.writerow([record.patient, file, record.label])
+    return len(records)
+
+
+def _holds(path: Path, name: str) -> bool:
+    """Whether an archive has this array. Raises DataError where it is none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(file_bytes(path))) as archive:
+            return f"{name}.npy" in archive.namelist()
+    except (*_BROKEN, zipfile.BadZipFile, NotImplementedError):
+        raise DataError(
+            Code.DATA_UNREADABLE, f"{path}: is damaged, or not an archive of plain arrays."
+        ) from None
 
 
 def _array(path: Path, name: str) -> NDArray[Any]:

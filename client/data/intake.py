@@ -78,7 +78,7 @@ def receive_inputs(
 
 
 def table_columns(
-    task: DiagnosisTask | TabularTask | MultimodalTask | CustomTask,
+    task: DiagnosisTask | TabularTask | ImagingTask | MultimodalTask | CustomTask,
     *,
     names: Names | None = None,
     site: str | None = None,
@@ -87,6 +87,8 @@ def table_columns(
     asked = _Asked(task, (), names or Names(), site, answered=True)
     if isinstance(task, MultimodalTask):
         return _mixed_columns(asked)
+    if isinstance(task, ImagingTask):
+        return _image_columns(asked)
     return _note_columns(asked) if isinstance(task, DiagnosisTask) else _value_columns(asked)
 
 
@@ -177,15 +179,7 @@ def _images(asked: _Asked) -> Received:
     """The table first; then pixels, so that a fault in the table is told at once."""
     from client.data.images import image_of, look_of
 
-    task: ImagingTask = asked.task
-    columns = TableColumns(
-        asked.names.text or task.columns.image,
-        asked.patient(),
-        (asked.names.label or task.columns.label) if asked.answered else None,
-        asked.site,
-        most=task.max_images if asked.answered else None,
-    )
-    taken, look = _tables(asked, columns), look_of(task)
+    taken, look = _tables(asked, _image_columns(asked)), look_of(asked.task)
 
     def seen(record: Record) -> Record:
         folder = Path(record.file).parent
@@ -193,6 +187,17 @@ def _images(asked: _Asked) -> Received:
         return replace(record, text="", image=pixels)
 
     return Received(tuple(map(seen, taken.records)), taken.dropped)
+
+
+def _image_columns(asked: _Asked) -> TableColumns:
+    task: ImagingTask = asked.task
+    return TableColumns(
+        asked.names.text or task.columns.image,
+        asked.patient(),
+        (asked.names.label or task.columns.label) if asked.answered else None,
+        asked.site,
+        most=task.max_images if asked.answered else None,
+    )
 
 
 def _codes(asked: _Asked) -> Received:

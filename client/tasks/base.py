@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Learner", "Normalising", "Probing", "owners_of"]
+__all__ = ["Learner", "Normalising", "Probing", "Varying", "owners_of"]
 
 Index = NDArray[np.int64]
 
@@ -94,6 +94,29 @@ class Probing(Protocol):
 
         Guarantee: nothing about it depends on this site's patients, so that whether a model is
         admitted tells nothing about them.
+        """
+        ...
+
+
+@runtime_checkable
+class Varying(Protocol):
+    """A learner whose inputs may be varied at random while they train, never when measured."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether the study varies anything at all."""
+        ...
+
+    def vary(self, key: int | None) -> None:
+        """Vary as `key` says in every call of `losses` from now on; None: as the records are.
+
+        Args:
+            key: 64 random bits, new in each step.
+
+        Guarantee: for every key, a row's variation depends on that row's patient and place alone.
+            It is the same in every call, so that whatever passes an engine makes over a record
+            within a step see the same inputs; and nobody's depends on who else is there, so that
+            the sensitivity of a step is untouched.
         """
         ...
 

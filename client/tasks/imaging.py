@@ -20,7 +20,7 @@ from client.tasks.rows import Encoded, described, first_values
 from common.errors import Code, DataError
 from common.tasks.imaging import Augmentation, BackboneNetwork, ImagingTask
 
-__all__ = ["architecture", "augment", "encode", "network", "probes"]
+__all__ = ["architecture", "augment", "draws", "encode", "network", "probes"]
 
 _BYTE: Final = 255.0
 # The numbers that one image's variation takes, whatever is switched on.
@@ -139,26 +139,25 @@ def _stripes(task: ImagingTask, width: int, turn: int) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------- variation
 
 
-def augment(
-    task: ImagingTask, inputs: tuple[Tensor, ...], generator: torch.Generator
-) -> tuple[Tensor, ...]:
-    """The same images, each varied at random within the study's public terms.
+def draws(task: ImagingTask) -> int:
+    """Numbers that the variation of one image takes; 0: the study varies nothing."""
+    return _DRAWS if task.augmentation.active else 0
 
-    For training alone. Shapes: one tensor (N, channels, H, W), bytes or numbers in [0, 1]; returns
-    numbers in [0, 1] of the same shape.
 
-    Guarantee: an image's variation depends on that image and on `_DRAWS` numbers of its own from
-        `generator`; no image enters another's. Every image takes as many numbers, whatever it
-        shows, so the variations are independent of the data: with or without one patient, the
-        others' are distributed the same, and the privacy of a step is untouched.
+def augment(task: ImagingTask, inputs: tuple[Tensor, ...], drawn: Tensor) -> tuple[Tensor, ...]:
+    """The same images, each varied within the study's public terms; for training alone.
+
+    Shapes: one tensor (N, channels, H, W), bytes or numbers in [0, 1], and drawn (N, 8) in [0, 1);
+    returns numbers in [0, 1] of the images' shape.
+
+    Guarantee: an image's variation depends on that image and on its own row of `drawn`; no image
+        enters another's.
     """
     (images,) = inputs
     terms = task.augmentation
     if not terms.active:
         return inputs
     part = images.float() / _BYTE if images.dtype == torch.uint8 else images
-    drawn = torch.rand((len(images), _DRAWS), generator=generator, device=generator.device)
-    drawn = drawn.to(part.device)
     grid = functional.affine_grid(_turns(terms, drawn), list(part.shape), align_corners=False)
     part = functional.grid_sample(
         part, grid, mode="bilinear", padding_mode="border", align_corners=False

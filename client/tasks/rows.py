@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ __all__ = [
     "Encoded",
     "RowsLearner",
     "RowsTask",
+    "VaryingTask",
     "described",
+    "drawn",
     "first_values",
     "initial_tensors",
     "inputs_of",
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 _BATCH: Final = 256
+# Inputs are varied at admission too: a variation that mixes patients is found there.
+_PROBE_KEY: Final = 1
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 
 Values = NDArray[np.float64]
 
@@ -80,6 +85,49 @@ class RowsTask(Protocol):
     def probes(self, task: Any) -> tuple[Record, ...]:
         """Invented records of three patients or more, on which a network is tried at admission."""
         ...
+
+
+@runtime_checkable
+class VaryingTask(Protocol):
+    """What a task's module offers besides, where training inputs may be varied at random."""
+
+    def draws(self, task: Any) -> int:
+        """Numbers that the variation of one row takes; 0: the study varies nothing."""
+        ...
+
+    def augment(
+        self, task: Any, inputs: tuple[torch.Tensor, ...], numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The same inputs, row i varied by numbers[i] in [0, 1) and by nothing else."""
+        ...
+
+
+def drawn(key: int, rows: NDArray[np.uint64], count: int) -> NDArray[np.float32]:
+    """Uniform numbers in [0, 1) for each row, a function of `key` and the row's own name.
+
+    Shapes: rows (r,) names; returns (r, count).
+    Source: SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    place = np.arange(1, count + 1, dtype=np.uint64)
+    start = _mixed(rows ^ np.full(1, key, np.uint64))
+    words = _mixed(start[:, None] + place * _GOLDEN)
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _row_names(groups: Mapping[str, Sequence[int]]) -> NDArray[np.uint64]:
+    """64 bits for each row, of its patient and its place among the patient's rows."""
+    found = [
+        hashlib.sha256(f"{place} {patient}".encode()).digest()[:8]
+        for patient, rows in groups.items()
+        for place in range(len(rows))
+    ]
+    return np.frombuffer(b"".join(found), "<u8").astype(np.uint64)
 
 
 def described(kind: str, facts: Mapping[str, Any]) -> tuple[bytes, str]:
@@ -155,6 +203,7 @@ class _Rows:
         order = [records[at] for group in groups.values() for at in group]
         sizes = [0, *(len(group) for group in groups.values())]
         self.patients: Index = np.cumsum(sizes, dtype=np.int64)
+        self.groups = groups
         self.encoded = code.encode(study.task, order)
         self.targets = targets_of(study.task.outcome, order).to(device)
         self.inputs: tuple[torch.Tensor, ...] = ()
@@ -206,6 +255,8 @@ class RowsLearner:
         self._train = _Rows(code, study, train, device)
         self._held_out = _Rows(code, study, held_out, device)
         self.module = code.network(study.task).to(device) if module is None else module
+        self._key: int | None = None
+        self._names = _row_names(self._train.groups) if self.varies else np.zeros(0, np.uint64)
         # The identity, until the statistics of all hospitals arrive.
         count = study.feature_count
         self._normalise(np.zeros(count, np.float32), np.ones(count, np.float32))
@@ -233,7 +284,21 @@ class RowsLearner:
     def losses(self, rows: Index) -> torch.Tensor:
         """The loss of each row. Shapes: rows (r,) int64; returns (r,) float32."""
         at = torch.from_numpy(rows).to(self._device)
-        return self._losses(self.module(*self._train.at(at)), self._train.targets[at])
+        inputs = self._train.at(at)
+        if self._key is not None and isinstance(self._code, VaryingTask):
+            numbers = drawn(self._key, self._names[rows], self._code.draws(self._study.task))
+            varied = torch.from_numpy(numbers).to(self._device)
+            inputs = self._code.augment(self._study.task, inputs, varied)
+        return self._losses(self.module(*inputs), self._train.targets[at])
+
+    @property
+    def varies(self) -> bool:
+        """Whether the study varies training inputs (see `Varying`)."""
+        return isinstance(self._code, VaryingTask) and self._code.draws(self._study.task) > 0
+
+    def vary(self, key: int | None) -> None:
+        """Vary training inputs as `key` says, or not at all (see `Varying`)."""
+        self._key = key if self.varies else None
 
     def _normalise(self, mean: NDArray[np.float32], deviation: NDArray[np.float32]) -> None:
         for rows in (self._train, self._held_out):
@@ -294,7 +359,9 @@ class NormalisedRowsLearner(RowsLearner):
 
 def probe_of(code: RowsTask, study: Study, device: torch.device) -> RowsLearner:
     """The study's network over the task's invented records: tried before anybody's are."""
-    return rows_learner(code, study, code.probes(study.task), (), device=device)
+    made = rows_learner(code, study, code.probes(study.task), (), device=device)
+    made.vary(_PROBE_KEY)
+    return made
 
 
 def rows_learner(

@@ -130,7 +130,6 @@ def test_nothing_that_trains_is_loaded_for_it(study, tmp_path):
 
 OTHERS = {
     "prognosis": {"labels": ["home", "died"], "features": [{"name": "hr", "low": 0, "high": 200}]},
-    "imaging": {"labels": ["normal", "pneumonia"]},
     "medication": {"labels": ["A02B", "N02B"]},
 }
 

@@ -56,7 +56,8 @@ def test_a_tabular_study_says_what_it_needs_and_no_model():
         (
             "kind: tabular",
             "kind: tabula",
-            "4:9: task.kind: must be 'diagnosis', 'tabular', 'imaging', 'prognosis' or 'medication' (got 'tabula')",
+            "4:9: task.kind: must be 'diagnosis', 'tabular', 'imaging', 'prognosis', 'medication', "
+            "'multimodal' or 'custom' (got 'tabula')",
         ),
         ("  kind: tabular\n", "", "3:1: task.kind: is missing"),
         (
