@@ -13,7 +13,7 @@ The federated rows are whole simulations (masks, audit; with privacy noise and l
 were chosen on the validation part. Films are of children; each counts as a patient of its own,
 since the archive does not say whose it is. AUROC is read from a histogram of 1,024 bins.
 
-Published (Yang et al. 2023, MedMNIST v2, Table 3): ResNet-18 at 28 pixels, AUROC 0.944 and
+Published (Yang et al. 2023, MedMNIST v2): ResNet-18 at 28 pixels, AUROC 0.944 and
 accuracy 0.854. Goals: central AUROC 0.94 and accuracy 0.85; `none` within 0.02 AUROC of central.
 
 Each finished run is a line in --lines; what is there with the same settings is not run again.

@@ -35,7 +35,8 @@ def code_of(task: Task) -> RowsTask:
         raise TypeError(f"a task of kind {task.kind} trains a pretrained network")
     if isinstance(task, CustomTask):
         return _installed(task.name)
-    found: Any = import_module(f"client.tasks.{task.kind}")
+    name = "notes" if task.kind == "diagnosis" else task.kind
+    found: Any = import_module(f"client.tasks.{name}")
     return cast("RowsTask", found)
 
 

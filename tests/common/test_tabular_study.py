@@ -73,8 +73,8 @@ def test_a_tabular_study_says_what_it_needs_and_no_model():
         (
             "  labels",
             "  max_tokens: 64\n  labels",
-            "5:3: task.max_tokens: unknown key (known here: kind, labels, number, survival, "
-            "columns, features, categories, hidden)",
+            "5:3: task.max_tokens: unknown key (known here: labels, number, survival, "
+            "columns, features, categories, kind, hidden)",
         ),
         (
             "privacy: {",
