@@ -1,6 +1,6 @@
 """Chinese questions to a department, by characters: `diagnosis` with an encoder of its own.
 
-    python benchmarks/task_chinese.py [--seeds 3] [--json FILE]   central and federated, test set
+    python benchmarks/task_chinese.py [--seeds 3] [--lines FILE]  central and federated, test set
     python benchmarks/task_chinese.py --validate                  held-out training patients alone
     python benchmarks/task_chinese.py --quick                     central, one seed, fewer steps
 
@@ -14,7 +14,7 @@ vocabulary is counted from the data, reaches 0.970).
 The private row's settings were chosen with --validate, after a first run on test patients (another
 learning rate and a larger encoder, one seed) had learned nothing; the others are first guesses.
 
---json keeps a line for each row and seed, as soon as it is known; what stands there is not run
+--lines keeps a line for each row and seed, as soon as it is known; what stands there is not run
 again. Data: ../shared/data/chinese_medical_dialogue_im, or the folder above it in WARDROUND_DATA.
 """
 
@@ -178,22 +178,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=None)
-    parser.add_argument("--json", type=Path, default=None, help="one line for each row and seed")
+    parser.add_argument("--lines", type=Path, default=None, help="one line for each row and seed")
     parser.add_argument("--validate", action="store_true", help="the test set is not opened")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = arguments.rows or (["central"] if arguments.quick else list(ROWS))
     asked = {"test": not arguments.validate, "quick": arguments.quick}
-    lines = [line for line in known(arguments.json) if all(line[k] == v for k, v in asked.items())]
+    lines = [line for line in known(arguments.lines) if all(line[k] == v for k, v in asked.items())]
     done = {(line["row"], line["seed"]) for line in lines}
     for seed in range(1 if arguments.quick else arguments.seeds):
         for name in names:
             if (name, seed) in done:
                 continue
             lines.append(run(name, seed, **asked))
-            if arguments.json is not None:
-                with arguments.json.open("a", encoding="utf-8") as out:
+            if arguments.lines is not None:
+                with arguments.lines.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(lines[-1]) + "\n")
     reached = show(lines)
     return 0 if reached or arguments.quick else 1

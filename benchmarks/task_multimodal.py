@@ -1,6 +1,6 @@
 """Several kinds of input beside each alone: who dies in hospital, from the first day.
 
-    python benchmarks/task_multimodal.py [--seeds 5] [--json FILE]  test patients
+    python benchmarks/task_multimodal.py [--seeds 5] [--lines FILE]  test patients
     python benchmarks/task_multimodal.py --validate                 held-out training patients
     python benchmarks/task_multimodal.py --quick                    one seed, fewer steps, central
 
@@ -20,7 +20,7 @@ training patients; those of the federated rows once more, after first runs on te
 seed each) with five times as many steps, where `all` was below `series`, and with a larger private
 model.
 
---json keeps a line for each row and seed, as soon as it is known; what stands there is not run
+--lines keeps a line for each row and seed, as soon as it is known; what stands there is not run
 again. Data: ../shared/data, or the folder in WARDROUND_DATA.
 """
 
@@ -392,13 +392,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", choices=[name for name, _ in ROWS], default=None)
-    parser.add_argument("--json", type=Path, default=None, help="one line for each row and seed")
+    parser.add_argument("--lines", type=Path, default=None, help="one line for each row and seed")
     parser.add_argument("--validate", action="store_true", help="the test set is not opened")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     asked = {"test": not arguments.validate, "quick": arguments.quick}
-    lines = [line for line in known(arguments.json) if all(line[k] == v for k, v in asked.items())]
+    lines = [line for line in known(arguments.lines) if all(line[k] == v for k, v in asked.items())]
     done = {(line["row"], line["seed"]) for line in lines}
     for seed in range(1 if arguments.quick else arguments.seeds):
         for name, which in ROWS:
@@ -407,8 +407,8 @@ def main() -> int:
                 continue
             found = run(name, which, seed, **asked)
             lines += found
-            if arguments.json is not None:
-                with arguments.json.open("a", encoding="utf-8") as out:
+            if arguments.lines is not None:
+                with arguments.lines.open("a", encoding="utf-8") as out:
                     out.writelines(json.dumps(line) + "\n" for line in found)
     reached = show(lines)
     return 0 if reached or arguments.quick else 1

@@ -1,6 +1,6 @@
 """How good `prognosis` is: YAIB's eICU demo cohorts, hospitals grouped by region.
 
-    python benchmarks/task_prognosis.py --out FILE [--seeds 1] [--quick] [--tasks TASK ...]
+    python benchmarks/task_prognosis.py --lines FILE [--seeds 1] [--quick] [--tasks TASK ...]
         [--ways central federated local joint alone]
 
 Tasks: mortality24 (AUROC) and kidney_function (MSE of the creatinine of the second day). Five folds
@@ -501,7 +501,7 @@ def alone(seed: int, *, quick: bool = False) -> dict[str, dict[str, Scores]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="lines of JSON; what is there is not done again")
+    parser.add_argument("--lines", type=Path, help="lines of JSON; what is there is not done again")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -510,7 +510,7 @@ def main() -> int:
     if not (DATA / "yaib_demo").is_dir():
         print(f"skipped: no {DATA / 'yaib_demo'}")
         return 0
-    kept = Kept(options.out)
+    kept = Kept(options.lines)
     for name in options.tasks:
         found = cohort(name)
         by_model: dict[str, list[tuple[Scores, tuple[float, float]]]] = {}
