@@ -25,6 +25,9 @@ def _build(arguments: argparse.Namespace) -> int:
     from client.holdings import study_with_sites
 
     study = study_with_sites(study, arguments.study)
+    from client.knowledge.shelf import read_knowledge
+
+    read_knowledge(study.task, arguments.study.parent)
     from client.federation import build_bundle
 
     bundle, engine = build_bundle(study)
@@ -67,6 +70,13 @@ def _configure_predict(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a further file of the same records: measurements by the hour",
     )
+    parser.add_argument(
+        "--knowledge",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="where the edge files of the model's knowledge graph lie",
+    )
     parser.add_argument("--text", default="text", help="name of the notes' column")
     parser.add_argument("--patient", default=None, help="a column to carry over")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -83,6 +93,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         arguments.file,
         out,
         beside=arguments.beside,
+        knowledge=arguments.knowledge,
         text=arguments.text,
         patient=arguments.patient,
         device=arguments.device,

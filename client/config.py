@@ -152,6 +152,9 @@ class SiteConfig(Frozen):
     budget: Budget = Field(description="what all studies together may spend")
     ceilings: Ceilings = Field(description="what one study may ask for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
+    knowledge: FilePath | None = Field(
+        None, description="folder of the knowledge graphs that studies may name; absent: none"
+    )
     link: Link = Field(Link(), description="how this hospital reaches the coordinator")
     kill_switch: FilePath | None = Field(
         None, description="a file whose existence stops all training; absent: STATE/stop"
@@ -171,6 +174,10 @@ class SiteConfig(Frozen):
     def state_folder(self, config: str | Path) -> Path:
         """The state folder as the file `config` means it."""
         return beside(config, self.state)
+
+    def knowledge_folder(self, config: str | Path) -> Path | None:
+        """The folder of knowledge graphs as the file `config` means it."""
+        return None if self.knowledge is None else beside(config, self.knowledge)
 
     def kill_switch_file(self, config: str | Path) -> Path:
         """The kill switch as the file `config` means it."""

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from client.data.intake import Names, receive, table_columns
 from common.cli import Command, CommandError, emit_json, say, table
 from common.errors import Code
-from common.tasks.medication import MedicationTask
-from common.tasks.prognosis import PrognosisTask
+from common.tasks.custom import CustomTask
+from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.imaging import ImagingTask
+from common.tasks.tabular import TabularTask
 
 if TYPE_CHECKING:
     from client.data.profile import Profile
     from client.data.records import Record
-    from client.data.tables import TableColumns
     from common.study import Study
 
 DEFAULT_CONFIG: Final = Path("site.yaml")
 _FAILED: Final = 1
+_TOO_MANY: Final = "records of a patient beyond what the study takes"
+_ROWS_OF_A_TABLE: Final = (DiagnosisTask, TabularTask, ImagingTask, CustomTask)
+"""Tasks whose records are rows of one table: what is wrong in a row is counted, and goes on."""
 
 
 def _configure_check(parser: argparse.ArgumentParser) -> None:
@@ -45,22 +51,29 @@ def _check(arguments: argparse.Namespace) -> int:
     from client.data.profile import profile_records, profile_tables, schema_of, tokenizer_of
 
     study = _study(arguments.study)
-    files, columns = _source(arguments, study)
-    columns = replace(
-        columns,
-        patient=arguments.patient or columns.patient,
-        text=(arguments.text or columns.text) if columns.text is not None else None,
-        label=(arguments.label or columns.label) if columns.label is not None else None,
+    source = _source(arguments, study)
+    names = Names(
+        arguments.patient or source.names.patient,
+        arguments.text or source.names.text,
+        arguments.label or source.names.label,
     )
+    source = replace(source, names=names)
     tokens = None if study.model is None else tokenizer_of(study.model.backbone)
+    left_out: Counter[str] = Counter()
     with _progress(quiet=arguments.json) as tick:
-        if _read_whole(study):
-            records = _as_trained(study, files, columns, label=arguments.label)
-            found = profile_records(records, schema_of(study), tokens=tokens, tick=tick)
+        if isinstance(study.task, _ROWS_OF_A_TABLE) and not _several(study):
+            columns = table_columns(study.task, names=names, site=source.site)
+            found = profile_tables(
+                source.files, columns, schema_of(study), tokens=tokens, tick=tick
+            )
         else:
-            found = profile_tables(files, columns, schema_of(study), tokens=tokens, tick=tick)
+            records = _as_trained(study, source, left_out)
+            schema = schema_of(study)
+            found = profile_records(records, schema, tokens=tokens, tick=tick, left_out=left_out)
     if arguments.json:
-        emit_json({"study": study.name, "files": [str(file) for file in files], **found.to_json()})
+        emit_json(
+            {"study": study.name, "files": [str(file) for file in source.files], **found.to_json()}
+        )
     else:
         _say(found)
         say(f"next: {_next(arguments, found)}")
@@ -102,26 +115,25 @@ def _study(path: Path) -> Study:
     return load(path, Study)
 
 
-def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], TableColumns]:
-    """The files, and the columns by their names there."""
-    from client.data.intake import table_columns
+@dataclass(frozen=True)
+class _Source:
+    """The files, this hospital's own names of columns, and the column that names a site."""
 
-    task = study.task
-    if isinstance(task, PrognosisTask | MedicationTask):
-        raise CommandError(
-            Code.USAGE,
-            f"wardround client data check: it does not read studies of kind {task.kind}.",
-            remedy="Type `wardround check STUDY.yaml`; a simulation names what it cannot read.",
-        )
+    files: list[Path]
+    names: Names = Names()  # noqa: RUF009 - frozen
+    site: str | None = None
+
+
+def _source(arguments: argparse.Namespace, study: Study) -> _Source:
     if arguments.files:
-        return list(arguments.files), table_columns(task)
+        return _Source(list(arguments.files))
     config = arguments.config
     simulation = study.simulation
     if config is None and simulation is not None:
         folder = arguments.study.parent
         names = (*simulation.data.files, *simulation.data.test_files)
-        columns = table_columns(task, site=simulation.split.column)
-        return [(folder / name).resolve() for name in names], columns
+        files = [(folder / name).resolve() for name in names]
+        return _Source(list(dict.fromkeys(files)), site=simulation.split.column)
     if config is None and not DEFAULT_CONFIG.exists():
         raise CommandError(
             Code.USAGE,
@@ -134,30 +146,21 @@ def _source(arguments: argparse.Namespace, study: Study) -> tuple[list[Path], Ta
 
     config = config or DEFAULT_CONFIG
     local = local_files(load(config, SiteConfig), config)
-    return list(local.files), table_columns(task, names=local.names)
+    return _Source(list(local.files), local.names)
 
 
-def _read_whole(study: Study) -> bool:
-    """Whether a record says more than one row's cells: labels in one cell, or several files."""
-    return study.task.kind == "multimodal" or (
-        study.task.kind == "diagnosis" and study.diagnosis.several
-    )
+def _several(study: Study) -> bool:
+    """Whether a note's labels stand in one cell."""
+    return study.task.kind == "diagnosis" and study.diagnosis.several
 
 
-def _as_trained(
-    study: Study, files: list[Path], columns: TableColumns, *, label: str | None
-) -> Iterator[Record]:
+def _as_trained(study: Study, source: _Source, left_out: Counter[str]) -> Iterator[Record]:
     """The records as training reads them; what it would refuse ends them. Raises DataError."""
-    from client.data.intake import Names, receive
-
-    # The first column that may be empty: the labels of a note, or the note of a case.
-    first = columns.codes[0] if columns.codes else None
-    if study.task.kind == "diagnosis":
-        names = Names(columns.patient, columns.text, label or first)
-    else:
-        reads = getattr(study.task, "text", None) is not None
-        names = Names(columns.patient, first if reads else None, columns.label)
-    yield from receive(study.task, files, names=names, site=columns.site).records
+    received = receive(study.task, source.files, names=source.names, site=source.site)
+    left_out.update(received.tally)
+    if received.dropped:
+        left_out[_TOO_MANY] += sum(received.dropped.values())
+    yield from received.records
 
 
 @contextmanager

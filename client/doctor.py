@@ -46,6 +46,7 @@ def findings(path: Path, *, online: bool) -> Iterator[Finding]:
     yield Finding("settings", "ok", f"site {config.site}")
     yield from disk(state)
     yield from _records(config, path)
+    yield from _knowledge(config, path)
     yield device(config.device)
     yield from _switch(config, path)
     yield from clock()
@@ -82,6 +83,13 @@ def _records(config: SiteConfig, path: Path) -> Iterator[Finding]:
         yield Finding("records", "warn", detail, f"Type: chmod o-r {file}")
     if not unreadable and not loose:
         yield Finding("records", "ok", f"{len(files)} file(s)")
+
+
+def _knowledge(config: SiteConfig, path: Path) -> Iterator[Finding]:
+    folder = config.knowledge_folder(path)
+    if folder is not None and not folder.is_dir():
+        fix = "Correct knowledge in site.yaml."
+        yield Finding("knowledge", "fail", f"{folder}: is not a folder", fix)
 
 
 def _switch(config: SiteConfig, path: Path) -> Iterator[Finding]:

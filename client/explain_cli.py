@@ -18,6 +18,22 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="an .html file, or a folder (default: FILE-explained.html)",
     )
+    parser.add_argument(
+        "--with",
+        dest="beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a further file of the same records, as for `wardround predict`",
+    )
+    parser.add_argument(
+        "--knowledge",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="where the edge files of the model's knowledge graph lie",
+    )
     parser.add_argument("--limit", type=int, default=20, help="records to explain, from the first")
     parser.add_argument("--label", default=None, help="explain this label, not the likeliest")
     parser.add_argument("--text", default="text", help="name of the notes' column")
@@ -26,6 +42,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    from client.data.intake import Names
     from client.explain.run import MOST_RECORDS, explain
 
     if not 1 <= arguments.limit <= MOST_RECORDS:
@@ -36,10 +53,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     )
     done = explain(
         arguments.model,
-        arguments.file,
+        [arguments.file, *arguments.beside],
         out,
-        text=arguments.text,
-        patient=arguments.patient,
+        names=Names(patient=arguments.patient, text=arguments.text),
+        knowledge=arguments.knowledge,
         label=arguments.label,
         limit=arguments.limit,
         device=arguments.device,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from client.knowledge.shelf import save_knowledge
 from client.predict import MODEL_FORMAT, TASK_FILE, WEIGHTS_FILE
 from client.tasks.backbone import Backbone
 from client.tasks.kinds import code_of
@@ -70,7 +71,8 @@ def export_rows(folder: Path, study: Study, state: Tensors) -> None:
     """Write model.safetensors and task.json of a study whose task has its own network.
 
     The JSON holds the task's terms and, in units of the declared ranges, the statistics: with the
-    weights, all that a prediction needs.
+    weights, and the knowledge graph where its licences allow to hand it on, all that a prediction
+    needs.
 
     Args:
         folder: must not exist; appears whole or not at all.
@@ -100,6 +102,7 @@ def export_rows(folder: Path, study: Study, state: Tensors) -> None:
     def write(temporary: Path) -> None:
         save_tensors(temporary / WEIGHTS_FILE, {name: state[name] for name in weights})
         (temporary / TASK_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        save_knowledge(task, temporary)
 
     _whole(folder, write)
 

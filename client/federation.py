@@ -25,6 +25,7 @@ from client.data.records import Record
 from client.devices import choose_device
 from client.export import export_model, export_rows
 from client.holdings import Holdings, read_holdings
+from client.knowledge.shelf import read_knowledge
 from client.privacy.ledger import HeldOutSplit
 from client.privacy.noise import SecureNoise
 from client.tasks.backbone import load_backbone
@@ -87,6 +88,7 @@ class Federation:
         self._module: nn.Module | None = None
         self._divided: dict[str, SiteRecords] = {}
         held = read_holdings(study, config) if holdings is None else holdings
+        read_knowledge(study.task, config.parent)
         self._seed = held.seed
         self.sites = tuple(held.records)
         self.warnings = held.warnings

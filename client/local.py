@@ -24,10 +24,11 @@ FLOOR: Final = MIN_PATIENTS // 2
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Where a hospital's records lie, and its own names of the study's columns."""
+    """Where a hospital's records lie, its own names of the study's columns, and its graphs."""
 
     files: tuple[Path, ...]
     names: Names = Names()  # noqa: RUF009 - frozen
+    knowledge: Path | None = None
 
     def read(self, study: Study) -> tuple[Record, ...]:
         """Every record. Raises DataError, naming file and line."""
@@ -37,6 +38,7 @@ class LocalFiles:
         """As plain text, for the trainer."""
         return {
             "files": tuple(str(path) for path in self.files),
+            "knowledge": "" if self.knowledge is None else str(self.knowledge),
             **{name: value or "" for name, value in asdict(self.names).items()},
         }
 
@@ -46,6 +48,7 @@ class LocalFiles:
         return LocalFiles(
             tuple(Path(path) for path in fields["files"]),
             Names(*(fields[name] or None for name in ("patient", "text", "label"))),
+            Path(fields["knowledge"]) if fields["knowledge"] else None,
         )
 
 
@@ -53,7 +56,12 @@ def local_files(config: SiteConfig, path: Path) -> LocalFiles:
     """What `site.yaml` at `path` says about the records."""
     names = config.data.columns
     files = tuple(beside(path, name).absolute() for name in config.data.files)
-    return LocalFiles(files, Names(names.patient, names.text, names.label))
+    graphs = config.knowledge_folder(path)
+    return LocalFiles(
+        files,
+        Names(names.patient, names.text, names.label),
+        None if graphs is None else graphs.absolute(),
+    )
 
 
 def divide(

@@ -16,7 +16,6 @@ from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from common.errors import Code, DataError, StorageError
 from common.outcomes import Classes, LabelSet, Number, Outcome
-from common.tensors import load_tensors
 
 __all__ = ["MODEL_FORMAT", "TASK_FILE", "WEIGHTS_FILE", "Answer", "Prediction", "header", "predict"]
 
@@ -45,6 +44,7 @@ def predict(
     out: Path,
     *,
     beside: Sequence[Path] = (),
+    knowledge: Path | None = None,
     text: str = "text",
     patient: str | None = None,
     device: str = "auto",
@@ -56,6 +56,7 @@ def predict(
         file: CSV, Parquet or NDJSON with a text column, or with the columns of the model's task.
         out: must not exist; appears whole or not at all.
         beside: further files of the same records, for a model that reads measurements by the hour.
+        knowledge: the folder of the graph that a model reads, where it does not lie in its own.
         text: the column with the notes; another task's model names its own columns.
         patient: a column to carry over into the output, or None.
         device: auto, cpu or cuda[:N].
@@ -71,7 +72,7 @@ def predict(
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
     classify: _Predictor
     if (model_folder / TASK_FILE).is_file():
-        rows = _Rows(model_folder, device)
+        rows = _Rows(model_folder, device, knowledge)
         records = receive_inputs(rows.task, [file, *beside], patient=patient)
         classify = rows
     elif beside:
@@ -153,46 +154,31 @@ class _Classifier(_Predictor):
 class _Rows(_Predictor):
     """A saved network of a task's own, and its normalisation."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        import numpy as np
-        from pydantic import TypeAdapter
+    def __init__(self, folder: Path, device: str, knowledge: Path | None = None) -> None:
+        from client.knowledge.shelf import graph_choice, graph_of
+        from client.saved import SavedRows
 
-        from client.devices import choose_device
-        from client.tasks.kinds import code_of
-        from client.tasks.rows import loaded
-        from common.study import Task
-
-        weights = load_tensors(folder / WEIGHTS_FILE)
-        try:
-            facts: Any = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-            known = {MODEL_FORMAT: facts["task"]}[facts["format"]]
-            task = TypeAdapter[Task](Task).validate_json(json.dumps(known))
-            self._statistics = tuple(
-                np.array(facts[name], np.float32).reshape(len(task.features))
-                for name in ("mean", "deviation")
-            )
-            self._code = code_of(task)
-            self._device = choose_device(device)
-            self._network = loaded(self._code, task, weights).to(self._device)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _unfit(folder, type(error).__name__) from None
-        self.task = task
-        self.header = header(task.outcome)
+        self._saved = SavedRows(folder, device, knowledge)
+        self.task = self._saved.task
+        choice = graph_choice(self.task)
+        self._graph = None if choice is None else graph_of(choice)
+        self.header = header(self.task.outcome)
+        if self._graph is not None:
+            self.header += ("reasons", "flags")
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:
-        import torch
-
         from client.tasks.outcomes import answers
-        from client.tasks.rows import inputs_of
 
-        inputs = inputs_of(self._code.encode(self.task, records), *self._statistics)
-        with torch.inference_mode():
-            found = self._network(*(tensor.to(self._device) for tensor in inputs))
-        return answers(self.task.outcome, found)
+        found = answers(self.task.outcome, self._saved.outputs(records))
+        if self._graph is None:
+            return found
+        from client.knowledge.reasons import advice
+        from client.knowledge.visits import known_codes
 
-
-def _unfit(folder: Path, reason: str) -> DataError:
-    return DataError(Code.MODEL_STATE, f"{folder}: not a whole model of this software ({reason}).")
+        return [
+            answer | advice(self._graph, known_codes(self.task, record), answer["probabilities"])
+            for record, answer in zip(records, found, strict=True)
+        ]
 
 
 def _write(out: Path, answers: Iterable[Prediction], names: Sequence[str]) -> None:
@@ -234,11 +220,11 @@ def _csv(stream: IO[str], answers: Iterable[Prediction], names: Sequence[str]) -
 
 
 def _cells(answer: Answer) -> Iterator[str]:
-    for told in answer.values():
+    for name, told in answer.items():
         if isinstance(told, dict):
             yield from (f"{share:.6f}" for share in told.values())
         elif isinstance(told, list):
-            yield ";".join(told)
+            yield ("; " if name in {"reasons", "flags"} else ";").join(told)
         else:
             yield told if isinstance(told, str) else f"{told:.6g}"
 

@@ -22,6 +22,7 @@ from client.data.records import Record
 from client.enrol import Pinned, key_of, pinned
 from client.folders import HospitalFolder, StudyFolder
 from client.hospital import ApprovedStudy, binding_ceilings, open_approved, roster_for
+from client.knowledge.shelf import read_knowledge
 from client.local import divide, local_files
 from client.privacy.ledger import HeldOutSplit, Ledger, LedgerRow
 from client.site import facts_of
@@ -158,6 +159,7 @@ def review(
     )
     _judge_budget(forecast, against)
     _judge_backbone(bundle, against)
+    _judge_knowledge(bundle, config.knowledge_folder(path), against)
     code = code_digest(PACKAGES)
     ceilings = binding_ceilings(config)
     facts = facts_of(bundle, code)
@@ -281,6 +283,13 @@ def _judge_backbone(bundle: Bundle, against: list[WardroundError]) -> None:
                 f"({found.hex()[:12]}…).",
             )
         )
+
+
+def _judge_knowledge(bundle: Bundle, folder: Path | None, against: list[WardroundError]) -> None:
+    try:
+        read_knowledge(bundle.study.task, folder)
+    except DataError as error:
+        against.append(error)
 
 
 def _approved_by(state: HospitalFolder, bundle: Bundle, site: str, pin: Pinned) -> str:

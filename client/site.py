@@ -481,9 +481,12 @@ def open_federation(
     return Federation(study, config, device=device, holdings=holdings)
 
 
-def built_parameters(study: Study) -> tuple[int, str]:
-    """How many parameters the study trains; builds the model."""
+def built_parameters(study: Study, config: Path) -> tuple[int, str]:
+    """How many parameters the study in the file `config` trains; builds the model."""
     from client.build import build_model
+    from client.knowledge.shelf import read_knowledge
+
+    read_knowledge(study.task, config.parent)
 
     built = build_model(study)
     return sum(value.size for value in built.initial.values()), built.engine

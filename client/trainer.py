@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import client
+from client.knowledge.shelf import read_knowledge
 from client.local import LocalFiles, divide
 from client.privacy.ledger import HeldOutSplit
 from common.bundle import Bundle
@@ -479,7 +480,9 @@ def _bundle(header: Header) -> Bundle:
 def _trainer(header: Header, bundle: Bundle, entropy: Entropy) -> Trainer:
     """Records first: a fault in them is told before torch is loaded."""
     study = bundle.study
-    records = LocalFiles.load(header).read(study)
+    files = LocalFiles.load(header)
+    records = files.read(study)
+    read_knowledge(study.task, files.knowledge)
     split = HeldOutSplit(header["split"], study.evaluation.held_out)
     train, held_out = divide(records, split)
     from client.devices import choose_device

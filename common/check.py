@@ -185,6 +185,10 @@ def _file_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], str]
     for key in ("files", "test_files"):
         for index, path in enumerate((section or {}).get(key, ())):
             yield (*prefix, key, index), path
+    # Without a simulation the graph lies where each hospital's site.yaml says.
+    graph = (data.get("task") or {}).get("graph") if section and "task" in data else None
+    for index, path in enumerate((graph or {}).get("files", ())):
+        yield ("task", "graph", "files", index), path
 
 
 def _missing_files(document: Document) -> Iterator[Problem]:
@@ -193,6 +197,10 @@ def _missing_files(document: Document) -> Iterator[Problem]:
     for loc, path in _file_keys(document):
         if not beside(document.name, path).is_file():
             yield document.problem(loc, f"no such file (looked for {_where(document, path)})")
+    folder = document.data.get("knowledge")
+    if folder is not None and not beside(document.name, folder).is_dir():
+        looked = _where(document, folder)
+        yield document.problem(("knowledge",), f"no such folder (looked for {looked})")
 
 
 def _where(document: Document, path: str) -> str:

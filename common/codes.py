@@ -158,6 +158,12 @@ class Code(Enum):
         "An edge stands under a licence that does not allow to hand it on.",
         "Leave that source out, or let every hospital obtain it under its own licence.",
     )
+    GRAPH_ABSENT = (
+        "WR-2064",
+        "The study names a knowledge graph that is not on this machine.",
+        "Put the study's edge files into the folder `knowledge` of site.yaml; in a simulation they "
+        "are looked for beside the study.",
+    )
     # ---- 207x images
     IMAGE_KIND = (
         "WR-2071",

@@ -213,7 +213,8 @@ def _say_conclusion(concluded: Conclusion) -> None:
         table(
             SITE_COLUMNS,
             concluded.rows,
-            title="Accuracy by hospital, exact, with 95 % intervals (simulation only)",
+            title=f"By hospital: {concluded.summary['score']}, exact, with 95 % intervals "
+            "(simulation only)",
         )
         say()
     for line in concluded.lines:

@@ -606,7 +606,7 @@ def _card_tags(result: RunResult) -> list[str]:
     if result.task in {"tabular", "custom"}:
         kind = "classification" if result.labels else "regression"
         return ["library_name: wardround", f"pipeline_tag: tabular-{kind}"]
-    if result.task == "multimodal":
+    if result.task in {"multimodal", "medication"}:
         return ["library_name: wardround"]
     if result.backbone.startswith(OWN_NETWORK):
         return ["library_name: wardround", "pipeline_tag: text-classification"]
@@ -729,7 +729,7 @@ def site_table(result: RunResult) -> str:
         "## By hospital (simulation only)",
         "",
         (
-            "Accuracy on the hospital's own held-out patients, exact, with 95 % bootstrap "
+            f"{result.score} on the hospital's own held-out patients, exact, with 95 % bootstrap "
             "intervals; `alone on all` is the hospital's own model on the held-out patients "
             "of all hospitals. One user owns all the data here; a real run never shows these "
             "numbers, and no promise above covers them."
@@ -822,6 +822,7 @@ def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclu
     told = metrics_json(result)
     summary = {
         **{name: told[name] for name in _SUMMARY},
+        "score": result.score,
         "output": str(folder),
         "warnings": list(warnings),
     }

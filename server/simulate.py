@@ -832,5 +832,5 @@ def preview(study: Study, path: Path, parameters: int | None, holdings: Holdings
         federation = open_federation(study, path, device="cpu", holdings=holdings)
         study, patients, crowded = federation.study, federation.patients, federation.crowded
     if parameters is None:
-        parameters, engine = built_parameters(study)
+        parameters, engine = built_parameters(study, path)
     return Preview(study, parameters, patients, crowded, engine)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -11,6 +13,7 @@ from typing import Any, Final
 from client.data.records import Record
 from client.data.series import has_column, series_columns, take_series
 from client.data.tables import TableColumns, Taken, take_tables
+from client.knowledge.visits import unseen
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
 from common.study import Task
@@ -212,14 +215,22 @@ def _codes(asked: _Asked) -> Received:
     )
     taken = _tables(asked, columns)
     known = frozenset(task.labels)
+    tally: Counter[str] = Counter()
 
     def parted(record: Record) -> Record:
-        codes, *drugs = (_parts(cell.split()) for cell in record.codes)
-        labels = drugs[0] if drugs else ()
-        _require_known(record, task.columns.drugs, labels, known)
+        codes, *given = (_parts(cell.split()) for cell in record.codes)
+        labels = tuple(drug for drug in chain(*given) if drug in known)
+        tally[UNLISTED_DRUGS] += sum(map(len, given)) - len(labels)
         return replace(record, codes=codes, labels=labels)
 
-    return Received(tuple(map(parted, taken.records)), taken.dropped)
+    records = tuple(map(parted, taken.records))
+    if asked.answered and not any(record.labels for record in records):
+        message = f"no row's column {task.columns.drugs} has a drug of task.labels."
+        raise DataError(Code.DATA_LABEL, message)
+    return Received(records, taken.dropped, +(tally + unseen(task, records)))
+
+
+UNLISTED_DRUGS: Final = "drugs that the study does not list"
 
 
 def _series(asked: _Asked) -> Received:

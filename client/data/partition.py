@@ -280,7 +280,7 @@ def _warnings(
 ) -> tuple[str, ...]:
     found = []
     for site, positions in held.items():
-        present = {records[at].label for at in positions}
+        present = {label for at in positions for label in (records[at].label, *records[at].labels)}
         absent = [label for label in labels if label not in present]
         if absent:
             named = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")

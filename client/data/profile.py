@@ -167,8 +167,14 @@ def schema_of(study: Study) -> Schema:
         ),
         number=number,
         max_tokens=getattr(task, "max_tokens", None),
-        most=getattr(task, "max_notes", None),
+        most=_most(task),
     )
+
+
+def _most(task: Any) -> int | None:
+    """How many records of a patient are read."""
+    named = (getattr(task, name, None) for name in ("max_notes", "max_visits", "max_stays"))
+    return next((most for most in named if most is not None), None)
 
 
 def _schema_of_inputs(task: MultimodalTask, number: Bounds | None) -> Schema:

@@ -10,6 +10,7 @@ __all__ = ["Balance", "Curve", "Found"]
 
 _TOLERANCE: Final = 0.02
 _PART: Final = 0.05
+PATHS: Final = "integrated gradients, points:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class Balance:
 
     Units:
         total: the sum of all attributions. score, baseline: the explained score of the record and
-            of the blank record. steps: points of the path between them.
+            of the blank record. steps: points of the path between them, or orders of the parts
+            (`method` says which).
     Source: Sundararajan et al. 2017, "completeness".
     """
 
@@ -26,6 +28,7 @@ class Balance:
     score: float
     baseline: float
     steps: int
+    method: str = PATHS
 
     @property
     def difference(self) -> float:

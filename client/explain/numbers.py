@@ -23,12 +23,16 @@ BLANK: Final = "the federation's mean of every number, and no category told"
 
 @dataclass(frozen=True)
 class NumbersExplanation:
-    """One row's features: name, value as it is read, and attribution, in the model's order."""
+    """One row's features: name, value as it is read, and attribution, in the model's order.
+
+    `notes` are further lines for the reader.
+    """
 
     names: tuple[str, ...]
     shown: tuple[str, ...]
     values: NDArray[np.float64]
     found: Found
+    notes: tuple[str, ...] = ()
 
 
 def explain_numbers(

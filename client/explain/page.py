@@ -162,7 +162,7 @@ def _balance(found: Found) -> str:
     sums = found.balance
     verdict = "they add up" if sums.complete else "they do NOT add up: do not rely on them"
     return (
-        f'<p class="method">Method: integrated gradients over {sums.steps} points, compared with '
+        f'<p class="method">Method: {_text(sums.method)} {sums.steps}, compared with '
         f"{_text(found.blank)}. Score {sums.score:+.3f}, of the blank {sums.baseline:+.3f}, "
         f"difference {sums.difference:+.3f}; attributions together {sums.total:+.3f}, gap "
         f"{sums.gap:.3f}: {verdict}.</p>\n"
@@ -215,6 +215,9 @@ def _numbers(explanation: NumbersExplanation) -> str:
     ]
     left = len(order) - len(rows)
     tail = f"<p>{left} features with smaller attributions are not shown.</p>\n" if left else ""
+    notes = "".join(f"<li>{_text(note)}</li>" for note in explanation.notes)
+    if notes:
+        tail += f"<ul>{notes}</ul>\n"
     return _bars("Features", rows) + tail
 
 

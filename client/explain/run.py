@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from client.data.intake import receive_inputs
+from client.data.intake import Names, receive_inputs
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from client.predict import TASK_FILE
@@ -51,24 +51,25 @@ class Explained:
 
 def explain(
     model_folder: Path,
-    file: Path,
+    files: Sequence[Path],
     out: Path,
     *,
-    text: str = "text",
-    patient: str | None = None,
+    names: Names | None = None,
+    knowledge: Path | None = None,
     label: str | None = None,
     limit: int = 20,
     device: str = "auto",
 ) -> Explained:
-    """Explain the first `limit` records of `file` on one page.
+    """Explain the first `limit` records of some files on one page.
 
     Args:
         model_folder: a folder that training wrote (any folder with a sequence classifier works).
-        file: as for `predict`.
+        files: as for `predict`, the one with the records first.
         out: an .html file, or a folder that gets one; no file is replaced, and the page appears
             whole or not at all.
-        text: the column with the notes; another task's model names its own columns.
-        patient: a column to name the records by, or None.
+        names: the column with the notes (another task's model names its own columns), and one to
+            name the records by.
+        knowledge: as for `predict`.
         label: the label to explain; absent: each record's likeliest.
         limit: 1 to `MOST_RECORDS`.
         device: auto, cpu or cuda[:N].
@@ -87,9 +88,11 @@ def explain(
     if os.path.lexists(target):
         raise DataError(Code.OUTPUT_EXISTS, f"{target}: is already there.")
     done = Explained(target)
-    records, explained = _opened(model_folder, file, text, patient, device)
+    explained = _Explainer(model_folder, device, knowledge)
+    names = names or Names()
+    records = explained.read(files, names)
     done.left_out = max(0, len(records) - limit)
-    named = patient is not None
+    named = names.patient is not None
     _write(target, _pieces(records[:limit], explained, done, label=label, named=named))
     return done
 
@@ -97,18 +100,22 @@ def explain(
 class _Explainer:
     """A saved model that explains records one by one."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, knowledge: Path | None = None) -> None:
         from client.explain.saved import RowsModel
         from client.explain.text import TextModel
 
-        self._rows = RowsModel(folder, device) if (folder / TASK_FILE).is_file() else None
+        rows = (folder / TASK_FILE).is_file()
+        self._rows = RowsModel(folder, device, knowledge) if rows else None
         self._text = TextModel(folder, device) if self._rows is None else None
 
-    def read(self, file: Path, text: str, patient: str | None) -> tuple[Record, ...]:
-        """The records of a file, as the model takes them."""
-        if self._rows is None:
-            return read_table(file, TableColumns(text, patient), labels=None)
-        return receive_inputs(self._rows.task, [file], patient=patient)
+    def read(self, files: Sequence[Path], names: Names) -> tuple[Record, ...]:
+        """The records of files, as the model takes them. Raises DataError."""
+        if self._rows is not None:
+            return receive_inputs(self._rows.task, files, patient=names.patient)
+        if len(files) > 1:
+            message = f"{files[1]}: this model reads one file of notes."
+            raise DataError(Code.DATA_FORMAT, message, remedy="Leave out --with.")
+        return read_table(files[0], TableColumns(names.text or "text", names.patient), labels=None)
 
     def __call__(self, record: Record, label: str | None) -> Explanation:
         if self._text is not None:
@@ -116,13 +123,6 @@ class _Explainer:
         if self._rows is None:
             raise RuntimeError("a model is of one kind or of the other")
         return self._rows.explain(record, label)
-
-
-def _opened(
-    folder: Path, file: Path, text: str, patient: str | None, device: str
-) -> tuple[Sequence[Record], _Explainer]:
-    explained = _Explainer(folder, device)
-    return explained.read(file, text, patient), explained
 
 
 def _pieces(

@@ -25,7 +25,7 @@ from client.tasks.text import Cleaner, Encoder, batch_inputs
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
 
-__all__ = ["Note", "TextExplanation", "TextModel"]
+__all__ = ["WORD", "Note", "TextExplanation", "TextModel"]
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -37,7 +37,7 @@ _AGREEMENT: Final = 1e-3
 # Scripts without spaces between words: every character is a word of its own.
 _ALONE: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _LETTER: Final = rf"(?:(?![{_ALONE}])\w)"
-_WORD: Final = re.compile(
+WORD: Final = re.compile(
     rf"[{_ALONE}]|{_LETTER}+(?:(?:['\u2019/-]|(?<=\d)[.,](?=\d)){_LETTER}+)*|([^\w\s])\1*"
 )
 # What a cleaned note is made of, as client/tasks/text.py divides it.
@@ -163,7 +163,7 @@ class TextModel:
     def locate(self, text: str) -> Note:
         """Where the model's tokens stand in the note, window by window."""
         cleaned, origin = self._cleaned(text)
-        words = np.array([m.span() for m in _WORD.finditer(text)], np.int64).reshape(-1, 2)
+        words = np.array([m.span() for m in WORD.finditer(text)], np.int64).reshape(-1, 2)
         encoding = self._tokenizer(cleaned, return_attention_mask=False, verbose=False)
         inside = [at for at, part in enumerate(encoding.sequence_ids(0)) if part is not None]
         ids = encoding["input_ids"]

@@ -268,8 +268,7 @@ class KnowledgeGraph:
         if found != pinned:
             raise DataError(
                 Code.GRAPH_DIFFERS,
-                f"The knowledge graph here has digest {found[:16]}..., the study names "
-                f"{pinned[:16]}....",
+                f"The knowledge graph here has digest {found}, the study names {pinned}.",
             )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Flag",
     "Reason",
     "Recommendation",
+    "advice",
     "contraindications",
     "diseases_of",
     "interaction_rate",
@@ -25,6 +26,8 @@ __all__ = [
     "members_of",
     "reasons",
     "recommend",
+    "told_flag",
+    "told_reason",
 ]
 
 _FOR = ("treats", "palliates", "indicated")
@@ -242,3 +245,48 @@ def recommend(
         )
         for label in chosen
     )
+
+
+def advice(
+    graph: KnowledgeGraph, codes: Sequence[str], probabilities: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """`reasons` and `flags` of the drugs that are recommended, in words, likeliest drug first."""
+    found = recommend(graph, codes, probabilities)
+    return {
+        "reasons": [told_reason(reason) for drug in found for reason in drug.reasons],
+        "flags": list(dict.fromkeys(told_flag(flag) for drug in found for flag in drug.flags)),
+    }
+
+
+def told_reason(reason: Reason) -> str:
+    """`C07A for icd9:401.9: disease DOID:1 is coded as icd9 401, drug DB1 treats ... (source)`."""
+    steps = ", ".join(_told_edge(edge) for edge in reason.path)
+    return f"{reason.label} for {reason.code}: {steps} ({_told_sources(reason.edge)})"
+
+
+def told_flag(flag: Flag) -> str:
+    """`C07A is contraindicated with icd9:493.9: drug DB1 ... (source)`."""
+    words = "interacts" if flag.kind == "interacts" else f"is {flag.kind}"
+    edge = f"{_told_edge(flag.edge)} ({_told_sources(flag.edge)})"
+    return f"{flag.label} {words} with {flag.against}: {edge}"
+
+
+_WORDS = MappingProxyType(
+    {
+        "coded_as": "is coded as",
+        "same_as": "is the same as",
+        "is_a": "is a kind of",
+        "interacts": "interacts with",
+        "not_indicated": "is not indicated for",
+        "contraindicated": "is contraindicated for",
+        "indicated": "is indicated for",
+    }
+)
+
+
+def _told_edge(edge: Edge) -> str:
+    return f"{edge.head} {_WORDS.get(edge.relation, edge.relation)} {edge.tail}"
+
+
+def _told_sources(edge: Edge) -> str:
+    return ", ".join(source.provenance for source in edge.sources)

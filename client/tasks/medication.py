@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from client.data.records import Record
-from client.knowledge.codes import ancestors, parse, public_set, tagged
+from client.knowledge.codes import CHAPTERS, tagged
 from client.knowledge.shelf import graph_of
 from client.knowledge.spread import node_rows
+from client.knowledge.visits import seen, vocabulary
 from client.tasks.rows import Encoded, described, first_values
 from common.tasks.medication import MedicationTask
 
-__all__ = ["Attention", "Medication", "architecture", "encode", "network", "probes", "vocabulary"]
+__all__ = ["Attention", "Medication", "architecture", "encode", "network", "probes"]
 
 _EMPTY: Final = 0
 _VISIT: Final = 1  # stands first in every visit, also where no code is known
@@ -39,21 +40,6 @@ _PROBE: Final = (
     ("second", ()),
     ("third", (4,)),
 )
-
-
-def vocabulary(task: MedicationTask) -> tuple[str, ...]:
-    """Every code that the model knows, in order: sets named by the study are spelled out."""
-    spelled: dict[str, None] = {}
-    for name in task.codes:
-        for code in public_set(name) or (_normal(name),):
-            spelled[code] = None
-    return tuple(spelled)
-
-
-def _normal(name: str) -> str:
-    """A listed code in normal form; a word of the study's own as it stands."""
-    system, colon, rest = name.partition(":")
-    return (tagged(system, rest) if colon else None) or name
 
 
 def architecture(task: MedicationTask) -> tuple[bytes, str]:
@@ -153,7 +139,7 @@ def network(task: MedicationTask) -> nn.Module:
     Guarantee: the same bits on every machine.
 
     Raises:
-        DataError: the study's graph is missing, or is another.
+        DataError: the study's graph has not been read (client/knowledge/shelf.py).
     """
     known = vocabulary(task)
     code_rows = drug_rows = None
@@ -194,36 +180,9 @@ def encode(task: MedicationTask, records: Sequence[Record]) -> Encoded:
     place = {code: at + _SPECIAL for at, code in enumerate(vocabulary(task))}
     found = torch.zeros((len(records), task.max_codes + 1), dtype=torch.int64)
     for row, record in enumerate(records):
-        known = [_VISIT, *_seen(task, record, place, Counter())[: task.max_codes]]
+        known = [_VISIT, *seen(task, record, place, Counter())[: task.max_codes]]
         found[row, : len(known)] = torch.tensor(known)
     return Encoded(values=None, tensors=(found,))
-
-
-def unseen(task: MedicationTask, records: Sequence[Record]) -> Counter[str]:
-    """What of the records' codes the model does not see, counted by reason, in fixed words."""
-    place = {code: at + _SPECIAL for at, code in enumerate(vocabulary(task))}
-    counts: Counter[str] = Counter()
-    for record in records:
-        found = _seen(task, record, place, counts)
-        if len(found) > task.max_codes:
-            counts["codes and groups beyond task.max_codes"] += len(found) - task.max_codes
-    return counts
-
-
-def _seen(
-    task: MedicationTask, record: Record, place: dict[str, int], counts: Counter[str]
-) -> list[int]:
-    found: dict[int, None] = {}
-    for text in record.codes:
-        code = parse(text, task.code_system)
-        if code is None:
-            counts["codes in no form of their system"] += 1
-            continue
-        known = [place[name] for name in ancestors(code) if name in place]
-        if not known:
-            counts["codes that the vocabulary does not hold"] += 1
-        found.update(dict.fromkeys(known))
-    return list(found)
 
 
 def probes(task: MedicationTask) -> tuple[Record, ...]:
@@ -249,6 +208,4 @@ def _written(code: str) -> str:
     system, _, rest = code.partition(":")
     if not rest.startswith("chapter-"):
         return code
-    from client.knowledge.codes import CHAPTERS
-
     return f"{system}:{CHAPTERS[system][int(rest.removeprefix('chapter-')) - 1][0]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.config import Frozen, Rules
 from common.fields import Feature, FilePath, Listed, Text, repeats
@@ -20,7 +20,10 @@ class MedicationColumns(Frozen):
         "patient", description="the unit of privacy; null: every row is a patient of its own"
     )
     codes: Text = Field("codes", description="the codes of one visit, parted by spaces")
-    drugs: Text = Field("drugs", description="what was given, of task.labels, parted by spaces")
+    drugs: Text = Field(
+        "drugs",
+        description="what was given, parted by spaces; what is not in task.labels is counted",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -33,12 +36,22 @@ class MedicationColumns(Frozen):
         return self
 
 
+def _inside(value: str) -> str:
+    """A study must not say where else on a hospital's disk to look."""
+    if value.startswith(("/", "~")) or "\\" in value or ".." in value.split("/"):
+        raise ValueError(f"must lie inside the folder (got {value[:70]!a})")
+    return value
+
+
+_Inside = Annotated[FilePath, AfterValidator(_inside)]
+
+
 class GraphChoice(Frozen):
     """The knowledge graph that all hospitals use: public edge files, pinned by their digest."""
 
-    files: Annotated[Listed[FilePath], Field(min_length=1, max_length=20)] = Field(
-        description="edge files (.tsv, .tsv.gz, .parquet), each at the same place in the "
-        "hospital's knowledge folder"
+    files: Annotated[Listed[_Inside], Field(min_length=1, max_length=20)] = Field(
+        description="edge files (.tsv, .tsv.gz, .parquet): in a simulation relative to the folder "
+        "of this file, at a hospital to `knowledge` of its site.yaml"
     )
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(
         description="of what the files state together, in any order"

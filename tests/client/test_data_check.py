@@ -128,16 +128,22 @@ def test_nothing_that_trains_is_loaded_for_it(study, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-OTHERS = {
-    "prognosis": {"labels": ["home", "died"], "features": [{"name": "hr", "low": 0, "high": 200}]},
-    "medication": {"labels": ["A02B", "N02B"]},
-}
+PROGNOSIS = Path(__file__).parents[2] / "configs" / "prognosis.yaml"
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_study_whose_records_are_no_table_rows_is_refused_by_name(kind, wardround, tmp_path):
-    study = tmp_path / "study.yaml"
-    study.write_text(yaml.safe_dump({**STUDY, "task": {"kind": kind, **OTHERS[kind]}}))
-    status, _, problems = wardround("client", "data", "check", study)
+def test_courses_by_the_hour_are_checked_as_training_reads_them(capsys):
+    status, told = check(capsys, PROGNOSIS)
+    assert status == 0
+    assert told["usable"] is True
+    assert {column["name"] for column in told["columns"]} >= {"heart_rate"}
+    assert set(told["labels"]) == {"better", "worse"}
+    assert (told["records"], told["patients"]) == ("180", "160")
+
+
+def test_a_course_that_training_would_refuse_is_named(tmp_path, capsys):
+    hours = tmp_path / "hours.csv"
+    hours.write_text("stay,hour,heart_rate\ns1,noon,88\n")
+    status, told = check(capsys, PROGNOSIS, hours)
     assert status != 0
-    assert f"it does not read studies of kind {kind}" in problems
+    assert told["usable"] is False
+    assert any(fix["kind"] == "fault" for fix in told["fixes"])

@@ -93,7 +93,7 @@ def test_the_example_learns(played):
 
 def test_the_model_folder_predicts_without_the_study(played, tmp_path):
     from client.data.images import look_of, read_image
-    from client.predict import _Rows
+    from client.saved import SavedRows
 
     run, out = played("none"), tmp_path / "answers.csv"
     count = predict(run / "model", TABLE, out, patient="patient")
@@ -104,11 +104,11 @@ def test_the_model_folder_predicts_without_the_study(played, tmp_path):
     right = sum(a["label"] == r["label"] for a, r in zip(answers, rows, strict=True))
     assert right / count > 0.65
     # The exported network itself, on pixels read by hand.
-    saved = _Rows(run / "model", "cpu")
+    saved = SavedRows(run / "model", "cpu")
     look = look_of(saved.task)
     pixels = np.stack([read_image(TABLE.parent / row["image"], look) for row in rows])
     with torch.no_grad():
-        shares = saved._network(torch.from_numpy(pixels)[:, None]).softmax(1)[:, 1].numpy()
+        shares = saved.network(torch.from_numpy(pixels)[:, None]).softmax(1)[:, 1].numpy()
     assert np.allclose([float(a["p(opacity)"]) for a in answers], shares, atol=1e-5)
 
 

@@ -92,19 +92,17 @@ def test_the_fused_model_predicts_the_table(played, tmp_path):
 
 def test_the_hours_change_the_answer(played):
     """Series are joined by stay also where nothing is to be learned."""
-    from client.predict import _Rows
+    from client.saved import SavedRows
 
-    model = _Rows(played("none") / "model", "cpu")
+    model = SavedRows(played("none") / "model", "cpu")
+    sepsis = model.task.labels.index("sepsis")
     files = [DATA / "cases.csv", DATA / "hours.csv"]
     poor = receive_inputs(model.task, files[:1], patient="patient")
     whole = receive_inputs(model.task, files, patient="patient")
     assert not any(record.series is not None for record in poor)
     with_hours = [at for at, record in enumerate(whole) if record.series is not None]
     assert 0 < len(with_hours) < len(whole)
-    told = [
-        [a.answer["probabilities"]["sepsis"] for a in model(r, keep_patient=False)]
-        for r in (poor, whole)
-    ]
+    told = [model.outputs(records).softmax(1)[:, sepsis].tolist() for records in (poor, whole)]
     changed = {at for at in range(len(whole)) if abs(told[0][at] - told[1][at]) > 1e-6}
     assert changed <= set(with_hours)
     assert len(changed) > 0.9 * len(with_hours)  # some were certain before

@@ -84,7 +84,7 @@ def test_the_predictions_are_the_networks_own(run):
     """The exported model against the one that trained, missing values included."""
     from client.data.intake import table_columns
     from client.data.tables import read_table
-    from client.predict import _Rows
+    from client.saved import SavedRows
     from client.tasks.kinds import code_of
     from client.tasks.rows import rows_learner
     from common.tensors import load_tensors
@@ -93,10 +93,10 @@ def test_the_predictions_are_the_networks_own(run):
     records = read_table(
         CONFIGS / "data" / "synthetic-labs.csv", table_columns(study.task), labels=study.labels
     )
-    classify = _Rows(run / "model", "cpu")
+    saved = SavedRows(run / "model", "cpu")
     code = code_of(study.task)
     learner = rows_learner(code, study, records, (), device=torch.device("cpu"))
-    learner.set_statistics(*classify._statistics)
+    learner.set_statistics(saved.mean, saved.deviation)
     for name, value in load_tensors(run / "model" / "model.safetensors").items():
         learner.trainable()[name].data.copy_(torch.from_numpy(value))
     at, _ = learner.rows_of(np.arange(learner.patient_count()))
@@ -107,8 +107,7 @@ def test_the_predictions_are_the_networks_own(run):
         range(len(records)),
         key=lambda i: list(dict.fromkeys(r.patient for r in records)).index(records[i].patient),
     )
-    answers = list(classify([records[i] for i in order], keep_patient=False))
-    found = np.array([list(a.answer["probabilities"].values()) for a in answers])
+    found = saved.outputs([records[i] for i in order]).softmax(dim=1).numpy()
     assert np.allclose(found, probabilities, atol=1e-5)
 
 

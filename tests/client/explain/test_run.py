@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.explain import run, saved
+from client import saved
+from client.data.intake import Names, receive_inputs
+from client.explain import run
 from client.explain.page import Case, page
 from client.explain.run import explain
 from client.explain.saved import RowsModel
@@ -66,7 +68,14 @@ def no_network(monkeypatch):
 
 
 def test_a_note_with_a_script_in_it_stays_text(learned, table, tmp_path, no_network):
-    explain(learned[0], table, tmp_path / "out.html", patient="who", device="cpu", limit=2)
+    explain(
+        learned[0],
+        [table],
+        tmp_path / "out.html",
+        names=Names(patient="who"),
+        device="cpu",
+        limit=2,
+    )
     text = (tmp_path / "out.html").read_text()
     found = Parsed(text)
     allowed = {
@@ -120,7 +129,7 @@ def test_the_page_forbids_whatever_is_not_its_own_and_names_no_address(learned, 
     import base64
     import hashlib
 
-    explain(learned[0], table, tmp_path / "out.html", device="cpu", limit=1)
+    explain(learned[0], [table], tmp_path / "out.html", device="cpu", limit=1)
     text = (tmp_path / "out.html").read_text()
     policy = next(a["content"] for t, a in Parsed(text).tags if "http-equiv" in a)
     assert policy.startswith("default-src 'none'; ")
@@ -135,7 +144,7 @@ def test_only_its_owner_may_read_the_page_and_the_same_records_give_the_same_byt
     learned, table, tmp_path
 ):
     outs = [tmp_path / "a.html", tmp_path / "deep" / "folder"]
-    done = [explain(learned[0], table, out, device="cpu", limit=2) for out in outs]
+    done = [explain(learned[0], [table], out, device="cpu", limit=2) for out in outs]
     assert done[1].page == outs[1] / "explanation.html"
     for each in done:
         assert stat.S_IMODE(each.page.stat().st_mode) == 0o600
@@ -151,17 +160,17 @@ def test_nothing_is_overwritten_and_a_fault_leaves_nothing_behind(
     out.parent.mkdir()
     out.write_text("mine")
     with pytest.raises(DataError) as error:
-        explain(learned[0], table, out, device="cpu", limit=1)
+        explain(learned[0], [table], out, device="cpu", limit=1)
     assert error.value.code is Code.OUTPUT_EXISTS
     assert out.read_text() == "mine"
     out.unlink()
     out.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError):
-        explain(learned[0], table, out, device="cpu", limit=1)
+        explain(learned[0], [table], out, device="cpu", limit=1)
     out.unlink()
     monkeypatch.setattr(TextModel, "explain", _broken)
     with pytest.raises(RuntimeError, match="halfway"):
-        explain(learned[0], table, out, device="cpu", limit=3)
+        explain(learned[0], [table], out, device="cpu", limit=3)
     assert list(out.parent.iterdir()) == []
 
 
@@ -175,12 +184,12 @@ def test_a_page_that_cannot_be_written_says_why(learned, table, tmp_path, monkey
 
     monkeypatch.setattr(run.os, "fsync", full)
     with pytest.raises(StorageError) as error:
-        explain(learned[0], table, tmp_path / "o.html", device="cpu", limit=1)
+        explain(learned[0], [table], tmp_path / "o.html", device="cpu", limit=1)
     assert error.value.code is Code.MODEL_OUTPUT
     assert not list(tmp_path.glob("*.html*"))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
-        explain(learned[0], table, tmp_path / "file" / "o.html", device="cpu", limit=1)
+        explain(learned[0], [table], tmp_path / "file" / "o.html", device="cpu", limit=1)
 
 
 def test_the_verb_tells_figures_and_no_word_of_a_record(learned, table, tmp_path, capsys):
@@ -264,7 +273,7 @@ def test_a_saved_model_of_numbers_is_explained_as_it_predicts(heart, tmp_path):
     predict(heart, table, tmp_path / "out.ndjson", device="cpu")
     told = [json.loads(line) for line in (tmp_path / "out.ndjson").read_text().splitlines()]
     model = RowsModel(heart, "cpu")
-    records = run._opened(heart, table, "text", None, "cpu")[0]
+    records = receive_inputs(model.task, [table])
     for record, answer in zip(records, told, strict=True):
         found = model.explain(record)
         assert found.found.answer["label"] == answer["label"]
@@ -276,7 +285,7 @@ def test_a_saved_model_of_numbers_is_explained_as_it_predicts(heart, tmp_path):
     assert second.values[1] == 0, "a missing value counts as the federation's mean"
     assert second.shown[1] == "missing, counts as 4"
     assert model.explain(records[2]).values[2] == 0, "an unknown category is told by no input"
-    done = explain(heart, table, tmp_path / "o.html", device="cpu")
+    done = explain(heart, [table], tmp_path / "o.html", device="cpu")
     text = done.page.read_text()
     assert "chol&lt;b&gt;: 9 (mean 4)" in text
     assert done.incomplete == 0
@@ -287,14 +296,6 @@ def test_a_damaged_folder_of_numbers_is_named(heart):
     with pytest.raises(DataError) as error:
         RowsModel(heart, "cpu")
     assert error.value.code is Code.MODEL_STATE
-
-
-def test_a_kind_that_is_not_explained_is_named(heart, monkeypatch):
-    monkeypatch.setattr(saved, "_KINDS", {"imaging": None})
-    with pytest.raises(DataError) as error:
-        RowsModel(heart, "cpu")
-    assert error.value.code is Code.MODEL_FAMILY
-    assert "imaging" in error.value.remedy
 
 
 def loaded_as(monkeypatch, task, code, folder, *, features):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from client.data.records import Record
+from client.knowledge import visits
 from client.knowledge.files import write_edges
 from client.knowledge.graph import Edge, KnowledgeGraph, Node, Source
-from client.knowledge.shelf import FOLDER_VARIABLE
+from client.knowledge.shelf import read_knowledge
 from client.privacy.admission import admit
 from client.tasks import medication
 from client.tasks.rows import RowsLearner
@@ -32,10 +33,11 @@ EDGES = [
 
 
 @pytest.fixture
-def graph(tmp_path, monkeypatch):
+def graph(tmp_path):
     write_edges(tmp_path / "kg.tsv", EDGES)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    return {"files": ["kg.tsv"], "digest": KnowledgeGraph(EDGES).digest, "width": 8}
+    found = {"files": ["kg.tsv"], "digest": KnowledgeGraph(EDGES).digest, "width": 8}
+    read_knowledge(task(graph=found), tmp_path)
+    return found
 
 
 def task(**more):
@@ -152,7 +154,7 @@ def test_the_order_of_codes_changes_nothing():
 
 def test_codes_bring_the_groups_above_them_that_the_vocabulary_holds():
     of = task()
-    known = medication.vocabulary(of)
+    known = visits.vocabulary(of)
     (row,) = medication.encode(of, [record("a", ["icd9:4019", "I10", "I10"])]).tensors[0]
     seen = [known[at - 2] for at in row.tolist() if at > 1]
     assert seen == ["icd9:401.9", "icd9:401", "icd10:I10", "icd10:chapter-09"]
@@ -161,7 +163,7 @@ def test_codes_bring_the_groups_above_them_that_the_vocabulary_holds():
 def test_codes_that_are_not_seen_are_counted_by_reason():
     of = task(max_codes=1)
     records = [record("a", ["401.9", "V45.01", "486", "junk"])]
-    assert medication.unseen(of, records) == {
+    assert visits.unseen(of, records) == {
         "codes in no form of their system": 2,
         "codes that the vocabulary does not hold": 1,
         "codes and groups beyond task.max_codes": 1,
@@ -211,10 +213,10 @@ def test_the_graphs_rows_are_constants_and_no_parameters(graph):
     assert module.drug_rows[1].abs().sum() == 0  # nothing is known of N02B
 
 
-def test_another_graph_than_the_studys_is_refused(graph):
+def test_a_graph_that_nobody_read_is_named(graph):
     with pytest.raises(DataError) as caught:
         medication.network(task(graph={**graph, "digest": "0" * 64}))
-    assert caught.value.code is Code.GRAPH_DIFFERS
+    assert caught.value.code is Code.GRAPH_ABSENT
 
 
 def test_the_digest_tells_what_changes_the_network_and_nothing_else():
@@ -238,7 +240,7 @@ def test_probes_fit_their_task_and_are_three_patients():
         records = medication.probes(of)
         assert len({r.patient for r in records}) >= 3
         assert {label for r in records for label in r.labels} <= set(LABELS)
-        assert not medication.unseen(of, records)
+        assert not visits.unseen(of, records)
 
 
 # ---------------------------------------------------------------------- learning
