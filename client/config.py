@@ -11,6 +11,7 @@ from common.address import split_address
 from common.config import Frozen, Rules, beside
 from common.fields import FilePath, Listed, Name, Text
 from common.study import MAX_SITES, MIN_SITES
+from common.tasks.cases import SystemFolder
 
 __all__ = [
     "FORMAT",
@@ -53,10 +54,23 @@ class ColumnNames(Frozen):
 class DataFiles(Frozen):
     """Where this hospital's records lie."""
 
-    files: Annotated[Listed[FilePath], Field(min_length=1, max_length=10_000)] = Field(
-        description="CSV, Parquet or NDJSON; relative to the folder of this file"
+    files: Annotated[Listed[FilePath], Field(max_length=10_000)] = Field(
+        (), description="CSV, Parquet or NDJSON; relative to the folder of this file"
     )
     columns: ColumnNames = Field(ColumnNames(), description="own names of the study's columns")
+    system: SystemFolder | None = Field(
+        None, description="instead of files: the hospital's system; studies say what is a case"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        either = bool(self.files) != (self.system is not None)
+        rules.require(either, "files", "is missing: name files, or a system; not both")
+        told = "has no effect with a system; remove it"
+        rules.require(self.system is None or self.columns == ColumnNames(), "columns", told)
+        rules.done()
+        return self
 
 
 class Budget(Frozen):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from client.data.intake import Names, receive, table_columns
+from client.data.intake import Names, System, receive, receive_cases, table_columns
 from common.cli import Command, CommandError, emit_json, say, table
 from common.errors import Code
 from common.tasks.custom import CustomTask
@@ -48,7 +48,13 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from client.data.profile import profile_records, profile_tables, schema_of, tokenizer_of
+    from client.data.profile import (
+        profile_records,
+        profile_tables,
+        schema_of,
+        schema_of_cases,
+        tokenizer_of,
+    )
 
     study = _study(arguments.study)
     source = _source(arguments, study)
@@ -61,14 +67,16 @@ def _check(arguments: argparse.Namespace) -> int:
     tokens = None if study.model is None else tokenizer_of(study.model.backbone)
     left_out: Counter[str] = Counter()
     with _progress(quiet=arguments.json) as tick:
-        if isinstance(study.task, _ROWS_OF_A_TABLE) and not _several(study):
+        in_tables = source.system is None and not _several(study)
+        if in_tables and isinstance(study.task, _ROWS_OF_A_TABLE):
             columns = table_columns(study.task, names=names, site=source.site)
             found = profile_tables(
                 source.files, columns, schema_of(study), tokens=tokens, tick=tick
             )
         else:
             records = _as_trained(study, source, left_out)
-            schema = schema_of(study)
+            rules = None if source.system is None else study.cases
+            schema = schema_of(study) if rules is None else schema_of_cases(rules)
             found = profile_records(records, schema, tokens=tokens, tick=tick, left_out=left_out)
     if arguments.json:
         emit_json(
@@ -122,6 +130,7 @@ class _Source:
     files: list[Path]
     names: Names = Names()  # noqa: RUF009 - frozen
     site: str | None = None
+    system: System | None = None
 
 
 def _source(arguments: argparse.Namespace, study: Study) -> _Source:
@@ -131,6 +140,8 @@ def _source(arguments: argparse.Namespace, study: Study) -> _Source:
     simulation = study.simulation
     if config is None and simulation is not None:
         folder = arguments.study.parent
+        if simulation.data.system is not None:
+            return _Source([], system=System.of(simulation.data.system, arguments.study))
         names = (*simulation.data.files, *simulation.data.test_files)
         files = [(folder / name).resolve() for name in names]
         return _Source(list(dict.fromkeys(files)), site=simulation.split.column)
@@ -146,7 +157,7 @@ def _source(arguments: argparse.Namespace, study: Study) -> _Source:
 
     config = config or DEFAULT_CONFIG
     local = local_files(load(config, SiteConfig), config)
-    return _Source(list(local.files), local.names)
+    return _Source(list(local.files), local.names, system=local.system)
 
 
 def _several(study: Study) -> bool:
@@ -156,7 +167,10 @@ def _several(study: Study) -> bool:
 
 def _as_trained(study: Study, source: _Source, left_out: Counter[str]) -> Iterator[Record]:
     """The records as training reads them; what it would refuse ends them. Raises DataError."""
-    received = receive(study.task, source.files, names=source.names, site=source.site)
+    if source.system is not None:
+        received = receive_cases(study, source.system)
+    else:
+        received = receive(study.task, source.files, names=source.names, site=source.site)
     left_out.update(received.tally)
     if received.dropped:
         left_out[_TOO_MANY] += sum(received.dropped.values())

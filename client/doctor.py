@@ -19,7 +19,7 @@ from client.enrol import Pinned, pinned, transport_keys
 from client.link import LinkLimits, LinkWorld, chosen_proxy
 from common.address import joined_address, split_address
 from common.cli import VERSION
-from common.config import load
+from common.config import beside, load
 from common.doctor import Finding, clock, device, disk, keys
 from common.errors import Code, ConfigError, StorageError
 from common.skew import far_apart
@@ -72,6 +72,16 @@ def _key_files(state: Path) -> list[Path]:
 
 
 def _records(config: SiteConfig, path: Path) -> Iterator[Finding]:
+    system = config.data.system
+    if system is not None:
+        folder = beside(path, system.folder)
+        if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+            detail = f"{folder}: not a folder, or not readable by this user"
+            fix = "Correct data.system in site.yaml, or its mode."
+            yield Finding("records", "fail", detail, fix)
+        else:
+            yield Finding("records", "ok", f"a system read as {system.reader}")
+        return
     files = [path.parent / Path(name).expanduser() for name in config.data.files]
     unreadable = [file for file in files if not (file.is_file() and os.access(file, os.R_OK))]
     for file in unreadable:

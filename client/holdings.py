@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.data.intake import Received, receive
+from client.data.intake import Received, System, receive, receive_cases
 from client.data.records import Record, require_disjoint
 from common.errors import Code, ConfigError
 from common.study import Simulation, Study
@@ -46,10 +46,16 @@ def read_holdings(study: Study, config: Path) -> Holdings:
         DataError: naming file and line. ConfigError: the study has no simulation.
     """
     simulation = _simulation(study)
-    files = _paths(simulation.data.files, config)
+    data = simulation.data
+    files = _paths(data.files, config)
     tests = _paths(simulation.data.test_files, config)
     labels, split, seed = study.labels, simulation.split, simulation.seed
-    taken = receive(study.task, files, site=split.column)
+    if data.system is None:
+        taken = receive(study.task, files, site=split.column)
+    else:
+        system = System.of(data.system, config)
+        taken = receive_cases(study, system)
+        files = sorted(path for path in system.folder.rglob("*") if path.is_file())
     records = taken.records
     tested = receive(study.task, tests, site=split.column) if tests else Received((), {})
     held = tested.records
@@ -67,7 +73,8 @@ def read_holdings(study: Study, config: Path) -> Holdings:
         testing = _at_sites(held, parts)
         beyond += _beyond(parts, tested)
     told = [f"{line} beyond what the study takes of one and not read." for line in beyond]
-    told += [f"left out: {count} {reason}." for reason, count in sorted(taken.tally.items())]
+    verb = "left out" if data.system is None else "in the system"
+    told += [f"{verb}: {count} {reason}." for reason, count in sorted(taken.tally.items())]
     return Holdings(
         records=_at_sites(records, done),
         tests=testing,

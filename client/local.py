@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.config import SiteConfig
-from client.data.intake import Names, receive
+from client.data.intake import Names, Received, System, receive, receive_cases
 from client.data.partition import MIN_PATIENTS
 from client.data.records import Record
 from client.privacy.ledger import HeldOutSplit
@@ -24,21 +24,34 @@ FLOOR: Final = MIN_PATIENTS // 2
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Where a hospital's records lie, its own names of the study's columns, and its graphs."""
+    """Where a hospital's records lie, its own names of the study's columns, and its graphs.
+
+    Attributes:
+        files: tables; none where the records lie in `system`.
+    """
 
     files: tuple[Path, ...]
     names: Names = Names()  # noqa: RUF009 - frozen
     knowledge: Path | None = None
+    system: System | None = None
+
+    def receive(self, study: Study) -> Received:
+        """Every record, and what was left out. Raises DataError, naming file and line."""
+        if self.system is not None:
+            return receive_cases(study, self.system)
+        return receive(study.task, self.files, names=self.names)
 
     def read(self, study: Study) -> tuple[Record, ...]:
         """Every record. Raises DataError, naming file and line."""
-        return receive(study.task, self.files, names=self.names).records
+        return self.receive(study).records
 
     def dump(self) -> dict[str, Any]:
         """As plain text, for the trainer."""
         return {
             "files": tuple(str(path) for path in self.files),
             "knowledge": "" if self.knowledge is None else str(self.knowledge),
+            "reader": "" if self.system is None else self.system.reader,
+            "folder_read": "" if self.system is None else str(self.system.folder),
             **{name: value or "" for name, value in asdict(self.names).items()},
         }
 
@@ -49,6 +62,7 @@ class LocalFiles:
             tuple(Path(path) for path in fields["files"]),
             Names(*(fields[name] or None for name in ("patient", "text", "label"))),
             Path(fields["knowledge"]) if fields["knowledge"] else None,
+            System(fields["reader"], Path(fields["folder_read"])) if fields["reader"] else None,
         )
 
 
@@ -56,11 +70,12 @@ def local_files(config: SiteConfig, path: Path) -> LocalFiles:
     """What `site.yaml` at `path` says about the records."""
     names = config.data.columns
     files = tuple(beside(path, name).absolute() for name in config.data.files)
-    graphs = config.knowledge_folder(path)
+    graphs, system = config.knowledge_folder(path), config.data.system
     return LocalFiles(
         files,
         Names(names.patient, names.text, names.label),
         None if graphs is None else graphs.absolute(),
+        None if system is None else System.of(system, path),
     )
 
 

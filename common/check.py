@@ -191,16 +191,29 @@ def _file_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], str]
         yield ("task", "graph", "files", index), path
 
 
+def _folder_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Every key of a valid file that names an input folder."""
+    data: Any = document.data
+    if data.get("knowledge") is not None:
+        yield ("knowledge",), data["knowledge"]
+    prefix: tuple[str, ...] = ("data",)
+    if document.format != "wardround-site/1":
+        data, prefix = data.get("simulation") or {}, ("simulation", "data")
+    system = (data.get("data") or {}).get("system")
+    if system:
+        yield (*prefix, "system", "folder"), system["folder"]
+
+
 def _missing_files(document: Document) -> Iterator[Problem]:
     from common.config import beside
 
     for loc, path in _file_keys(document):
         if not beside(document.name, path).is_file():
             yield document.problem(loc, f"no such file (looked for {_where(document, path)})")
-    folder = document.data.get("knowledge")
-    if folder is not None and not beside(document.name, folder).is_dir():
-        looked = _where(document, folder)
-        yield document.problem(("knowledge",), f"no such folder (looked for {looked})")
+    for loc, folder in _folder_keys(document):
+        if not beside(document.name, folder).is_dir():
+            looked = _where(document, folder)
+            yield document.problem(loc, f"no such folder (looked for {looked})")
 
 
 def _where(document: Document, path: str) -> str:

@@ -142,6 +142,18 @@ class Code(Enum):
         "A value of the site column cannot name a site.",
         "Use short names of letters, digits and hyphens, distinct without regard to case.",
     )
+    # ---- 205x hospitals' systems
+    NO_CASES = (
+        "WR-2051",
+        "The records lie in a hospital's system, and the study does not say what of it is a case.",
+        "Ask the consortium for a study with a section `cases`, or give tables with its columns.",
+    )
+    CASES_EMPTY = (
+        "WR-2052",
+        "Nothing that the hospital's system holds is a case of this study.",
+        "Type `wardround client data check STUDY --config site.yaml`: it counts what is left out, "
+        "and why.",
+    )
     # ---- 206x knowledge graphs
     GRAPH_CIRCLE = (
         "WR-2061",

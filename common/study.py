@@ -17,8 +17,10 @@ from common.fields import FilePath, Listed, Name, Seconds, Text, repeats
 from common.joint import RING_BITS as JOINT_RING_BITS
 from common.outcomes import Classes
 from common.secagg import quorum as quorums
+from common.tasks.cases import CaseRules, SystemFolder
 from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.fit import misfits
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
 from common.tasks.multimodal import MultimodalTask
@@ -304,12 +306,25 @@ class Deadlines(Frozen):
 class SimulationData(Frozen):
     """The files of a simulation."""
 
-    files: Annotated[Listed[FilePath], Field(min_length=1, max_length=10_000)] = Field(
-        description="CSV, Parquet or NDJSON; relative to the folder of this file"
+    files: Annotated[Listed[FilePath], Field(max_length=10_000)] = Field(
+        (), description="CSV, Parquet or NDJSON; relative to the folder of this file"
     )
     test_files: Annotated[Listed[FilePath], Field(max_length=10_000)] = Field(
         (), description="held out for a last test of the models; the same columns"
     )
+    system: SystemFolder | None = Field(
+        None, description="instead of files: a hospital's system, read by the section cases"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        either = bool(self.files) != (self.system is not None)
+        rules.require(either, "files", "is missing: name files, or a system; not both")
+        told = "has no effect with a system; remove it"
+        rules.require(self.system is None or not self.test_files, "test_files", told)
+        rules.done()
+        return self
 
 
 class Split(Frozen):
@@ -322,7 +337,9 @@ class Split(Frozen):
     sites: int | None = Field(
         None, ge=MIN_SITES, le=MAX_SITES, description="number of hospitals; not with by: column"
     )
-    column: Text | None = Field(None, description="the hospital's column; with by: column")
+    column: Text | None = Field(
+        None, description="the hospital's column; with by: column, except with a system"
+    )
     alpha: float | None = Field(
         None, gt=0, le=1e6, description="small is skewed; with by: dirichlet"
     )
@@ -336,7 +353,6 @@ class Split(Frozen):
     @model_validator(mode="after")
     def _rules(self) -> Self:
         needs = {
-            "column": "column",
             "dirichlet": "alpha",
             "quantity": "skew",
             "pathological": "classes_per_site",
@@ -347,6 +363,8 @@ class Split(Frozen):
             rules.require(given or self.by != kind, key, f"is needed with by: {kind}")
             message = f"has no effect with by: {self.by}; remove it"
             rules.require(not given or self.by == kind, key, message)
+        told = f"has no effect with by: {self.by}; remove it"
+        rules.require(self.column is None or self.by == "column", "column", told)
         rules.require(
             self.by != "column" or self.sites is None,
             "sites",
@@ -404,6 +422,11 @@ class Study(Frozen):
     )
     quorum: Quorum = Field(Quorum(), description="who may conspire, and how many must answer")
     deadlines: Deadlines = Field(Deadlines(), description="how long the coordinator waits")
+    cases: CaseRules | None = Field(
+        None,
+        description="what is made of encounters, for hospitals whose records lie in a system; "
+        "tables hold cases already",
+    )
     simulation: Simulation | None = Field(None, description="how one machine plays all hospitals")
 
     @model_validator(mode="after")
@@ -451,6 +474,8 @@ class Study(Frozen):
         told = f"{message}, whose inputs are not normalised; remove it"
         rules.require(share is None or bool(task.features), "privacy.statistics_epsilon", told)
         two = isinstance(task.outcome, Classes) and len(task.outcome.labels) == 2  # noqa: PLR2004
+        for key, wrong in () if self.cases is None else misfits(task, self.cases):
+            rules.require(False, f"cases.{key}", wrong)  # noqa: FBT003
         told = "needs a task with exactly two labels"
         rules.require(two or not self.evaluation.score_bins, "evaluation.score_bins", told)
 
@@ -538,6 +563,13 @@ class Study(Frozen):
 
     def _simulation_rules(self, rules: Rules, simulation: Simulation) -> None:
         split, listed = simulation.split, len(self.sites)
+        system = simulation.data.system is not None
+        told = "is missing: it says what of a hospital's system is a case"
+        rules.require(not system or self.cases is not None, "cases", told)
+        told = "has no effect with a system, which knows its hospitals; remove it"
+        rules.require(not system or split.column is None, "simulation.split.column", told)
+        named = system or split.by != "column" or split.column is not None
+        rules.require(named, "simulation.split.column", "is needed with by: column")
         if split.by != "column":
             rules.require(
                 split.sites is not None or listed > 0,

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from client.data.records import Record
 from client.data.series import has_column, series_columns, take_series
 from client.data.tables import TableColumns, Taken, take_tables
 from client.knowledge.visits import unseen
+from common.config import beside
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
-from common.study import Task
+from common.study import Study, Task
+from common.tasks.cases import SystemFolder
 from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
@@ -25,7 +27,19 @@ from common.tasks.multimodal import MultimodalTask
 from common.tasks.prognosis import PrognosisTask
 from common.tasks.tabular import RowTerms, TabularTask
 
-__all__ = ["Names", "Received", "receive", "receive_inputs", "table_columns"]
+if TYPE_CHECKING:
+    from client.data.encounters import Reader
+    from client.data.readers.files import Wanted
+
+__all__ = [
+    "Names",
+    "Received",
+    "System",
+    "receive",
+    "receive_cases",
+    "receive_inputs",
+    "table_columns",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,19 @@ class Names:
     patient: str | None = None
     text: str | None = None
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class System:
+    """A hospital's system: which reader knows its layout, and where its tables lie."""
+
+    reader: str
+    folder: Path
+
+    @staticmethod
+    def of(named: SystemFolder, config: Path) -> System:
+        """As the file `config` names it."""
+        return System(named.reader, beside(config, named.folder).absolute())
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,43 @@ def receive_inputs(
     """
     named = Names(patient=patient)
     return _receive(_Asked(task, tuple(files), named, None, answered=False)).records
+
+
+def receive_cases(study: Study, system: System) -> Received:
+    """What of a hospital's system is a case of the study, by the study's own rules.
+
+    The tally says what was left out or changed, by reason: by the reader, and by the rules.
+
+    Raises:
+        DataError: NO_CASES, the study has no such rules; CASES_EMPTY, nothing is a case; a table
+            is missing or wrong, naming file and line.
+    """
+    from client.data.cases import CaseMaker, records_of, wanted_of
+
+    rules = study.cases
+    if rules is None:
+        raise DataError(Code.NO_CASES, f"{system.folder}: the study {study.name} reads tables.")
+    reader = _reader(system, wanted_of(rules))
+    make = CaseMaker(rules)
+    records = tuple(records_of(reader.encounters(), make))
+    if not records:
+        message = f"{system.folder}: no encounter there is a case of the study {study.name}."
+        raise DataError(Code.CASES_EMPTY, message)
+    tally = Counter(reader.tally.counts) + Counter(make.tally.counts)
+    tally.update({f"{kind} replaced in texts": count for kind, count in make.replaced.items()})
+    if isinstance(study.task, MedicationTask):
+        tally += unseen(study.task, records)
+    return Received(records, {}, tally)
+
+
+def _reader(system: System, wanted: Wanted) -> Reader:
+    from client.data.readers.eicu import EicuReader
+    from client.data.readers.mimic import MimicReader
+
+    if not system.folder.is_dir():
+        raise DataError(Code.DATA_UNREADABLE, f"{system.folder}: is not a folder.")
+    made: Callable[..., Reader] = EicuReader if system.reader == "eicu" else MimicReader
+    return made(system.folder, wanted=wanted)
 
 
 def table_columns(

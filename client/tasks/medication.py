@@ -27,7 +27,16 @@ from client.knowledge.visits import seen, vocabulary
 from client.tasks.rows import Encoded, described, first_values
 from common.tasks.medication import MedicationTask
 
-__all__ = ["Attention", "Medication", "architecture", "encode", "network", "probes"]
+__all__ = [
+    "Attention",
+    "Medication",
+    "architecture",
+    "augment",
+    "draws",
+    "encode",
+    "network",
+    "probes",
+]
 
 _EMPTY: Final = 0
 _VISIT: Final = 1  # stands first in every visit, also where no code is known
@@ -44,7 +53,7 @@ _PROBE: Final = (
 
 def architecture(task: MedicationTask) -> tuple[bytes, str]:
     """(digest, description) of the network: what stands for a backbone in the study bundle."""
-    facts = task.model_dump(exclude={"kind", "columns", "max_visits", "objective", "graph"})
+    facts = task.model_dump(exclude={"kind", "columns", "max_visits", "objective", "hide", "graph"})
     if task.graph is not None:
         facts["graph"] = task.graph.model_dump(exclude={"files"})
     return described("medication", facts)
@@ -183,6 +192,23 @@ def encode(task: MedicationTask, records: Sequence[Record]) -> Encoded:
         known = [_VISIT, *seen(task, record, place, Counter())[: task.max_codes]]
         found[row, : len(known)] = torch.tensor(known)
     return Encoded(values=None, tensors=(found,))
+
+
+def draws(task: MedicationTask) -> int:
+    """Numbers that the variation of one row takes (see `VaryingTask`)."""
+    return task.max_codes + 1 if task.hide else 0
+
+
+def augment(
+    task: MedicationTask, inputs: tuple[Tensor, ...], numbers: Tensor
+) -> tuple[Tensor, ...]:
+    """Each code hidden with the study's chance, by itself; the visit stays (see `VaryingTask`).
+
+    Shapes: numbers (N, max_codes + 1) in [0, 1).
+    """
+    (codes,) = inputs
+    hidden = (numbers < task.hide) & (codes != _VISIT)
+    return (codes.masked_fill(hidden, _EMPTY),)
 
 
 def probes(task: MedicationTask) -> tuple[Record, ...]:

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from common.config import Frozen, Rules
-from common.fields import Listed, Text, repeats
+from common.fields import FilePath, Listed, Text, repeats
 
 __all__ = [
     "DIAGNOSIS_SECTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "SeriesRules",
     "SurvivalAnswer",
     "System",
+    "SystemFolder",
     "UnitFactor",
     "WindowRules",
 ]
@@ -56,6 +57,17 @@ DIAGNOSIS_SECTIONS: Final = (
 
 _Hours = Annotated[float, Field(ge=-87_600, le=87_600)]
 _Keep = Literal["keep", "drop"]
+
+
+class SystemFolder(Frozen):
+    """A hospital's system, as files in that system's own layout."""
+
+    reader: Literal["eicu", "mimic"] = Field(
+        description="eicu: eICU-CRD 2.0; mimic: MIMIC-III or MIMIC-IV, which the tables tell"
+    )
+    folder: FilePath = Field(
+        description="of the tables, .csv or .csv.gz; relative to the folder of this file"
+    )
 
 
 class CodeRule(Frozen):

@@ -88,7 +88,7 @@ MISTAKES = [
         [
             (
                 "study.yaml:3:1: rounds: unknown key (known here: format, name, task, model, training, "
-                "aggregation, privacy, evaluation, acceptance, sites, quorum, deadlines, simulation)"
+                "aggregation, privacy, evaluation, acceptance, sites, quorum, deadlines, cases, simulation)"
             )
         ],
     ),
