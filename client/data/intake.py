@@ -136,12 +136,17 @@ def receive_cases(study: Study, system: System) -> Received:
 
 def _reader(system: System, wanted: Wanted) -> Reader:
     from client.data.readers.eicu import EicuReader
+    from client.data.readers.fhir import FhirReader
     from client.data.readers.mimic import MimicReader
 
     if not system.folder.is_dir():
         raise DataError(Code.DATA_UNREADABLE, f"{system.folder}: is not a folder.")
-    made: Callable[..., Reader] = EicuReader if system.reader == "eicu" else MimicReader
-    return made(system.folder, wanted=wanted)
+    readers: Mapping[str, Callable[..., Reader]] = {
+        "eicu": EicuReader,
+        "fhir": FhirReader,
+        "mimic": MimicReader,
+    }
+    return readers[system.reader](system.folder, wanted=wanted)
 
 
 def table_columns(

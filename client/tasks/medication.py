@@ -31,8 +31,6 @@ __all__ = [
     "Attention",
     "Medication",
     "architecture",
-    "augment",
-    "draws",
     "encode",
     "network",
     "probes",
@@ -53,7 +51,7 @@ _PROBE: Final = (
 
 def architecture(task: MedicationTask) -> tuple[bytes, str]:
     """(digest, description) of the network: what stands for a backbone in the study bundle."""
-    facts = task.model_dump(exclude={"kind", "columns", "max_visits", "objective", "hide", "graph"})
+    facts = task.model_dump(exclude={"kind", "columns", "max_visits", "objective", "graph"})
     if task.graph is not None:
         facts["graph"] = task.graph.model_dump(exclude={"files"})
     return described("medication", facts)
@@ -192,23 +190,6 @@ def encode(task: MedicationTask, records: Sequence[Record]) -> Encoded:
         known = [_VISIT, *seen(task, record, place, Counter())[: task.max_codes]]
         found[row, : len(known)] = torch.tensor(known)
     return Encoded(values=None, tensors=(found,))
-
-
-def draws(task: MedicationTask) -> int:
-    """Numbers that the variation of one row takes (see `VaryingTask`)."""
-    return task.max_codes + 1 if task.hide else 0
-
-
-def augment(
-    task: MedicationTask, inputs: tuple[Tensor, ...], numbers: Tensor
-) -> tuple[Tensor, ...]:
-    """Each code hidden with the study's chance, by itself; the visit stays (see `VaryingTask`).
-
-    Shapes: numbers (N, max_codes + 1) in [0, 1).
-    """
-    (codes,) = inputs
-    hidden = (numbers < task.hide) & (codes != _VISIT)
-    return (codes.masked_fill(hidden, _EMPTY),)
 
 
 def probes(task: MedicationTask) -> tuple[Record, ...]:

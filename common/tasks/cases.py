@@ -62,11 +62,13 @@ _Keep = Literal["keep", "drop"]
 class SystemFolder(Frozen):
     """A hospital's system, as files in that system's own layout."""
 
-    reader: Literal["eicu", "mimic"] = Field(
-        description="eicu: eICU-CRD 2.0; mimic: MIMIC-III or MIMIC-IV, which the tables tell"
+    reader: Literal["eicu", "fhir", "mimic"] = Field(
+        description="eicu: eICU-CRD 2.0; fhir: FHIR R4 as a bulk export leaves it; mimic: "
+        "MIMIC-III or MIMIC-IV, which the tables tell"
     )
     folder: FilePath = Field(
-        description="of the tables, .csv or .csv.gz; relative to the folder of this file"
+        description="of the tables, .csv or .csv.gz, or of .ndjson or .ndjson.gz; relative to the "
+        "folder of this file"
     )
 
 

@@ -98,13 +98,6 @@ class MedicationTask(Frozen):
     max_visits: int = Field(
         16, ge=1, le=4096, description="visits of a patient that are read: the first, in file order"
     )
-    hide: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="chance of each code to be hidden in a training step, against learning by "
-        "heart; measured are visits as they are",
-    )
     width: int = Field(32, ge=4, le=512, description="numbers that stand for a code")
     heads: int = Field(4, ge=1, le=16, description="attention heads; divides width")
     layers: int = Field(1, ge=1, le=4, description="blocks of self-attention")
