@@ -138,6 +138,7 @@ def _reader(system: System, wanted: Wanted) -> Reader:
     from client.data.readers.eicu import EicuReader
     from client.data.readers.fhir import FhirReader
     from client.data.readers.mimic import MimicReader
+    from client.data.readers.omop import OmopReader
 
     if not system.folder.is_dir():
         raise DataError(Code.DATA_UNREADABLE, f"{system.folder}: is not a folder.")
@@ -145,6 +146,7 @@ def _reader(system: System, wanted: Wanted) -> Reader:
         "eicu": EicuReader,
         "fhir": FhirReader,
         "mimic": MimicReader,
+        "omop": OmopReader,
     }
     return readers[system.reader](system.folder, wanted=wanted)
 

@@ -62,13 +62,13 @@ _Keep = Literal["keep", "drop"]
 class SystemFolder(Frozen):
     """A hospital's system, as files in that system's own layout."""
 
-    reader: Literal["eicu", "fhir", "mimic"] = Field(
+    reader: Literal["eicu", "fhir", "mimic", "omop"] = Field(
         description="eicu: eICU-CRD 2.0; fhir: FHIR R4 as a bulk export leaves it; mimic: "
-        "MIMIC-III or MIMIC-IV, which the tables tell"
+        "MIMIC-III or MIMIC-IV, which the tables tell; omop: OMOP CDM 5.3 or 5.4"
     )
     folder: FilePath = Field(
-        description="of the tables, .csv or .csv.gz, or of .ndjson or .ndjson.gz; relative to the "
-        "folder of this file"
+        description="of tables, .csv, .csv.gz or .parquet, or of .ndjson or .ndjson.gz; relative "
+        "to the folder of this file"
     )
 
 

@@ -16,7 +16,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -25,7 +26,9 @@ from common.errors import Code, DataError
 
 __all__ = ["Folder", "Item", "Row", "Table", "Wanted", "moment", "number", "told", "wrong_cell"]
 
-_SUFFIXES: Final = (".csv.gz", ".csv")
+_PARQUET: Final = ".parquet"
+_BATCH: Final = 4096
+_SUFFIXES: Final = (".csv.gz", ".csv", _PARQUET)
 _MAX_COLUMNS: Final = 10_000
 _MAX_FILES: Final = 10_000
 _BUFFER_BYTES: Final = 1 << 17
@@ -171,7 +174,9 @@ class Folder:
             return found
         close = difflib.get_close_matches(names[0].lower(), self.tables, n=1)
         hint = f" (did you mean to rename {self.tables[close[0]][0].name}?)" if close else ""
-        message = f"{self.root}: holds no table {' or '.join(names)}, .csv or .csv.gz{hint}."
+        message = (
+            f"{self.root}: holds no table {' or '.join(names)}, .csv, .csv.gz or .parquet{hint}."
+        )
         remedy = "Copy the table into the folder, or do not ask for what stands in it."
         raise DataError(Code.DATA_UNREADABLE, message, remedy=remedy)
 
@@ -193,14 +198,23 @@ def _files(root: Path, within: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One CSV file, packed or not."""
+    """One file, CSV (packed or not) or Parquet; every cell is text, a missing one is empty."""
 
     path: Path
 
     def columns(self) -> list[str]:
         """The names of its columns, in lower case. Raises DataError."""
-        with _opened(self.path) as lines:
-            return self._header(_records(self.path, lines))
+        with self._records() as records:
+            return self._header(records)
+
+    @contextmanager
+    def _records(self) -> Iterator[Iterator[tuple[int, list[str]]]]:
+        """The header, then every record, each with its line (its row, counted so, in Parquet)."""
+        if self.path.name.lower().endswith(_PARQUET):
+            yield _parquet(self.path)
+        else:
+            with _opened(self.path) as lines:
+                yield _records(self.path, lines)
 
     def rows(self, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
         """Every record's wanted cells, the required columns first.
@@ -211,8 +225,7 @@ class Table:
             DataError: a required column is missing, or with the line, a record is ragged or too
                 long, or the file is not UTF-8, not CSV or cut short.
         """
-        with _opened(self.path) as lines:
-            records = _records(self.path, lines)
+        with self._records() as records:
             names = self._header(records)
             pick = self._picker(names, required, optional)
             width = len(names)
@@ -280,6 +293,40 @@ def _records(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]
             raise DataError(Code.DATA_TOO_LONG, message) from None
         message = f"{path}:{line}: is not well-formed CSV (a quote or a line end is wrong)."
         raise DataError(Code.DATA_FORMAT, message) from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """A Parquet file as CSV would have it: its columns' names first, on line 1."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield 1, list(file.schema_arrow.names)
+            line = 1
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    line += 1
+                    yield line, [_cell(path, line, value) for value in row]
+    except (OSError, pa.ArrowException) as error:
+        message = f"{path}: is not a whole Parquet file ({type(error).__name__})."
+        raise DataError(Code.DATA_UNREADABLE, message) from None
+
+
+def _cell(path: Path, line: int, value: object) -> str:
+    """A value as a CSV file of the same table would write it."""
+    if value is None or value != value:  # noqa: PLR0124 - NaN
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, datetime):
+        return value.isoformat(" ")
+    if isinstance(value, str | int | float | date | Decimal):
+        return str(value)
+    message = f"{path}:{line}: has a cell that is neither text, a number nor a time."
+    raise DataError(Code.DATA_VALUE, message)
 
 
 @contextmanager
