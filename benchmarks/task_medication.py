@@ -88,22 +88,16 @@ WHOLE = ("icd9:categories", "icd10:categories", "icd9:chapters", "icd10:chapters
 CHAPTERS = ("icd9:chapters", "icd10:chapters")
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 1.0}
 CENTRAL = {
-    "training": {"rounds": 20, "local_steps": 15, "expected_batch": 64, "optimizer": ADAMW},
-    "aggregation": {"average": 0.8},
+    "training": {"rounds": 20, "local_steps": 15, "expected_batch": 32, "optimizer": ADAMW},
+    "aggregation": {"average": 0.9},
 }
-PLAIN = {
-    "training": {
-        "rounds": 6,
-        "local_steps": 10,
-        "sampling_rate": 0.2,
-        "expected_batch": 32,
-        "optimizer": ADAMW,
-    },
-    "privacy": {"mode": "none"},
+FEDERATED = {
+    "training": {"rounds": 20, "local_steps": 15, "expected_batch": 16, "optimizer": ADAMW},
+    "aggregation": {"average": 0.9},
 }
 JOINT = {
     "training": {
-        "rounds": 40,
+        "rounds": 30,
         "local_steps": 1,
         "sampling_rate": 0.5,
         "expected_batch": 80,
@@ -124,16 +118,18 @@ LOCAL = {
     },
     "privacy": {"mode": "local", "epsilon": 3, "delta": 1e-4, "clip_norm": 0.5},
 }
-GRAPH = {"width": 32, "steps": 6}
+SMALL: dict[str, Any] = {"codes": WHOLE, "width": 4, "heads": 1}
+GRAPH: dict[str, Any] = {"width": 4, "steps": 6}
+PRIVATE: dict[str, Any] = {"codes": CHAPTERS, "width": 4, "heads": 1}
 ROWS: Mapping[str, dict[str, Any]] = {
     "frequency": {},
     "logistic": {},
-    "central": {"task": {"graph": GRAPH}, **CENTRAL},
-    "central, no graph": {"task": {}, **CENTRAL},
-    "central, MSE": {"task": {"graph": GRAPH, "objective": "mse"}, **CENTRAL},
-    "federated": {"task": {"graph": GRAPH}, **PLAIN},
-    "joint, eps 3": {"task": {"graph": GRAPH, "codes": CHAPTERS, "width": 8, "heads": 2}, **JOINT},
-    "local, eps 3": {"task": {"graph": GRAPH, "codes": CHAPTERS, "width": 8, "heads": 2}, **LOCAL},
+    "central": {"task": SMALL, **CENTRAL},
+    "central, graph": {"task": {**SMALL, "graph": GRAPH}, **CENTRAL},
+    "central, MSE": {"task": {**SMALL, "objective": "mse"}, **CENTRAL},
+    "federated": {"task": SMALL, **FEDERATED},
+    "joint, eps 3": {"task": PRIVATE, **JOINT},
+    "local, eps 3": {"task": PRIVATE, **LOCAL},
 }
 
 

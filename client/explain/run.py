@@ -32,7 +32,7 @@ class Explained:
 
     Units:
         better: records in which the attributions' order beat random orders. gain: by how much, on
-            average (docs/EXPLANATIONS.md). incomplete: records whose attributions do not add up.
+            average (docs/EXPLAIN.md). incomplete: records whose attributions do not add up.
     """
 
     page: Path

@@ -71,3 +71,12 @@ def test_another_encoding_is_refused_and_not_guessed(run, tmp_path):
     with pytest.raises(DataError) as caught:
         predict(run / "model", path, tmp_path / "answers.csv")
     assert caught.value.code is Code.DATA_ENCODING
+
+
+def test_an_encoder_of_its_own_explains_itself_by_pieces_of_the_note(run, tmp_path):
+    page = tmp_path / "why.html"
+    arguments = [str(run / "model"), str(NOTES), "--out", str(page), "--limit", "2"]
+    assert main(["explain", *arguments]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "note: " in text
+    assert "they add up" in text

@@ -228,3 +228,16 @@ def test_data_check_knows_the_columns():
     assert columns.codes == ("note", "xray", "stay", "sex")
     assert columns.numbers == ("crp", "lactate")
     assert columns.label == "label"
+
+
+def test_the_fused_model_explains_itself_part_by_part(played, tmp_path):
+    page = tmp_path / "why.html"
+    files = [str(DATA / "cases.csv"), "--with", str(DATA / "hours.csv")]
+    model = str(played("none") / "model")
+    assert main(["explain", model, *files, "--out", str(page), "--limit", "3"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Shapley values" in text
+    assert "they add up" in text
+    assert "do NOT add up" not in text
+    for part in ("note: ", "crp: ", "sex: ", "image: ", "heart_rate: "):
+        assert part in text, part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -369,3 +370,41 @@ def test_a_backbone_that_is_missing_or_another_is_an_objection(
     assert codes(reviewed(consortium, folder)) == [Code.BACKBONE_DIFFERS]
     shutil.rmtree(copy)
     assert codes(reviewed(consortium, folder)) == [Code.MODEL_FOLDER]
+
+
+def test_a_knowledge_graph_that_is_missing_or_another_is_an_objection(
+    consortium, tmp_path, monkeypatch
+):
+    from client.build import build_model
+    from client.data.synthetic_visits import write_visits
+    from client.knowledge import shelf
+    from common.bundle import resolve
+    from common.config import load
+    from common.study import Site, Study
+
+    monkeypatch.setattr(shelf, "_SHELF", {})
+    graphs = tmp_path / "graphs" / "data"
+    graphs.mkdir(parents=True)
+    write_visits(graphs)
+    configs = Path(__file__).parents[3] / "configs"
+    study = load(configs / "medication.yaml", Study).with_sites(
+        [Site(id=name) for name in ("east", "north", "south")]
+    )
+    privacy = {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
+    study = Study.model_validate(study.model_dump(mode="json") | {"privacy": privacy})
+    shelf.read_knowledge(study.task, graphs.parent)
+    built = build_model(study)
+    bundle = resolve(study, built.initial, built.backbone_digest, built.config)
+    folder = consortium.publish(bundle, name="drugs-bundle")
+    files = {"files": [str(graphs / "synthetic-visits.csv")], "columns": {}}
+
+    def objected(**changed):
+        monkeypatch.setattr(shelf, "_SHELF", {})
+        consortium.change("north", data=files, **changed)
+        return codes(reviewed(consortium, folder))
+
+    assert objected() == [Code.GRAPH_ABSENT]
+    assert objected(knowledge=str(graphs.parent)) == []
+    with (graphs / "synthetic-knowledge.tsv").open("a") as file:
+        file.write("atc\tN02BE01\tinteracts\tatc\tA10BA02\tsomebody\tCC0-1.0\n")
+    assert objected(knowledge=str(graphs.parent)) == [Code.GRAPH_DIFFERS]
