@@ -7,7 +7,7 @@ results per site, and what each hospital would reach alone.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from torch import nn
 
 from client.build import build_model
 from client.data.partition import MIN_PATIENTS
-from client.data.records import Record
+from client.data.records import Record, by_patient
 from client.devices import choose_device
 from client.export import export_model, export_rows
 from client.holdings import Holdings, read_holdings
@@ -53,6 +53,9 @@ __all__ = [
 
 Array = NDArray[np.float32]
 
+# Subgroups smaller than this say nothing, and columns with more values are none.
+_FEWEST = 10
+_MOST_GROUPS = 20
 # Far below what float32 can tell: the private steps as they are, but for the noise.
 _NO_NOISE = 1e-9
 
@@ -214,7 +217,9 @@ class Federation:
 
         Shapes: (P, M), one by patient where the study's scoring needs them, else (1, M) summed.
         """
-        learner = self.learner(site)
+        return self._counted(self.learner(site), state)
+
+    def _counted(self, learner: Learner, state: Tensors) -> NDArray[np.float64]:
         if isinstance(learner, Normalising):
             learner.set_statistics(state[MEAN], state[DEVIATION])
         with torch.no_grad():
@@ -224,6 +229,30 @@ class Federation:
             if isinstance(learner, RowsLearner | DiagnosisLearner):
                 return learner.measure_patients()
             return learner.measure()[None]
+
+    def subgroups(self, state: Tensors) -> dict[str, NDArray[np.float64]]:
+        """The metric vectors of `state` over the held-out patients of each subgroup, as `counts`.
+
+        A patient belongs to the subgroups of the first record. Those of few patients, and columns
+        with so many values that they are no subgroups, are left out.
+        """
+        held = [record for records in self._divided.values() for record in records.held_out]
+        patients: dict[str, list[Record]] = defaultdict(list)
+        own = {patient: held[rows[0]].groups for patient, rows in by_patient(held).items()}
+        for record in held:
+            for group in own[record.patient]:
+                patients[group].append(record)
+        kinds = Counter(group.partition(":")[0] for group in patients)
+        found = {}
+        for group, records in sorted(patients.items()):
+            few = len({record.patient for record in records}) < _FEWEST
+            if few or kinds[group.partition(":")[0]] > _MOST_GROUPS:
+                continue
+            learner = build_learner(
+                self.study, records, records, choose_device(self._device), module=self._module
+            )
+            found[group] = self._counted(learner, state)
+        return found
 
     def versions(self) -> dict[str, str]:
         """Versions of what training stands on, for the report."""

@@ -51,13 +51,15 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     tests = _paths(simulation.data.test_files, config)
     labels, split, seed = study.labels, simulation.split, simulation.seed
     if data.system is None:
-        taken = receive(study.task, files, site=split.column)
+        taken = receive(study.task, files, site=split.column, groups=data.groups)
     else:
         system = System.of(data.system, config)
         taken = receive_cases(study, system)
         files = sorted(path for path in system.folder.rglob("*") if path.is_file())
     records = taken.records
-    tested = receive(study.task, tests, site=split.column) if tests else Received((), {})
+    tested = Received((), {})
+    if tests:
+        tested = receive(study.task, tests, site=split.column, groups=data.groups)
     held = tested.records
     require_disjoint(records, held)
     # The division needs numpy: the files come first.

@@ -315,10 +315,17 @@ class SimulationData(Frozen):
     system: SystemFolder | None = Field(
         None, description="instead of files: a hospital's system, read by the section cases"
     )
+    groups: Annotated[Listed[Text], Field(max_length=10)] = Field(
+        (),
+        description="columns whose values are subgroups (sex, an age band): how well each is "
+        "served is told; a system has those of cases.groups",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         rules = Rules()
+        told = "has no effect with a system, whose subgroups cases.groups names; remove it"
+        rules.require(self.system is None or not self.groups, "groups", told)
         either = bool(self.files) != (self.system is not None)
         rules.require(either, "files", "is missing: name files, or a system; not both")
         told = "has no effect with a system; remove it"
@@ -563,6 +570,9 @@ class Study(Frozen):
 
     def _simulation_rules(self, rules: Rules, simulation: Simulation) -> None:
         split, listed = simulation.split, len(self.sites)
+        hourly = isinstance(self.task, PrognosisTask)
+        told = "has no effect with task.kind: prognosis, read from tables; remove it"
+        rules.require(not hourly or not simulation.data.groups, "simulation.data.groups", told)
         system = simulation.data.system is not None
         told = "is missing: it says what of a hospital's system is a case"
         rules.require(not system or self.cases is not None, "cases", told)

@@ -230,6 +230,8 @@ class RunResult:
         test: the same where these are the records of the study's test files.
         ended: why the run ended before its last round; None where it did not.
         scoring: what was measured. labels: what the model tells apart, if anything.
+        subgroups: the final model on the held-out patients of each, over all sites, exact; named
+            `kind:value`.
     """
 
     study: str
@@ -260,6 +262,7 @@ class RunResult:
     test: Evaluation | None = None
     central: Evaluation | None = None
     software: Mapping[str, str] = field(default_factory=dict)
+    subgroups: Mapping[str, Evaluation] = field(default_factory=dict)
     ended: Code | None = None
 
     def __post_init__(self) -> None:
@@ -378,6 +381,7 @@ def _final_metrics(result: RunResult) -> dict[str, Any]:
         found["per_site"] = {site.site: _site_json(site) for site in result.sites}
         found["everywhere"] = _evaluation_json(result.everywhere)
         found["test"] = _evaluation_json(result.test)
+        found["subgroups"] = {name: _evaluation_json(one) for name, one in result.subgroups.items()}
         found["central"] = _evaluation_json(result.central)
     return found
 
@@ -741,7 +745,47 @@ def site_table(result: RunResult) -> str:
     lines += [f"| {' | '.join(row)} |" for row in site_rows(result, cell=_cell)]
     if result.everywhere is not None:
         lines += ["", f"Together on all: {_sentence(result.everywhere)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_subgroup_table(result)])
+
+
+def _subgroup_table(result: RunResult) -> list[str]:
+    if not result.subgroups:
+        return []
+    return [
+        "",
+        "## By subgroup (simulation only)",
+        "",
+        (
+            f"{result.score} of the final model on the held-out patients of all hospitals. "
+            "Overlapping intervals are no difference; a gap is no proof of unfairness, and none is "
+            "no proof of fairness."
+        ),
+        "",
+        "| subgroup | held out | together |",
+        "|---|---:|---:|",
+        *(f"| {name} | {one.n} | {_cell(one)} |" for name, one in result.subgroups.items()),
+        "",
+        *(f"- {line}" for line in _gap_lines(result)),
+    ]
+
+
+def _gap_lines(result: RunResult) -> list[str]:
+    """For each kind of subgroup, the best and the worst served."""
+    kinds: dict[str, dict[str, float]] = {}
+    for name, one in result.subgroups.items():
+        kind, _, value = name.partition(":")
+        if one.primary is not None:
+            kinds.setdefault(kind, {})[value] = one.primary
+    lines = []
+    for kind, scores in kinds.items():
+        if len(scores) > 1:
+            low, high = (choose(scores, key=scores.__getitem__) for choose in (min, max))
+            gap = scores[high] - scores[low]
+            lines.append(
+                f"{result.score} by {kind}: from {scores[low]:.3f} ({low}) to {scores[high]:.3f} "
+                f"({high}), gap {gap:.3f}"
+            )
+    return lines
 
 
 def site_rows(
@@ -839,6 +883,7 @@ def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclu
         f"audit logs: {'verified' if result.audit_verified else 'NOT VERIFIED'}",
         _budget_line(result, held=held),
         *_quality_lines(result),
+        *_gap_lines(result),
         *([] if result.ended is None else [f"ended early: {result.ended.meaning}"]),
         f"output: {folder}",
         *(f"next: wardround {verb}" for verb in verbs),

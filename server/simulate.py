@@ -579,6 +579,10 @@ class SimulatedRun:
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             everywhere=everywhere,
             test=everywhere if self._federation.tested else None,
+            subgroups={
+                name: self._evaluation(own)
+                for name, own in self._federation.subgroups(state).items()
+            },
             software=self._federation.versions(),
         )
 

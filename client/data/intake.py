@@ -80,7 +80,12 @@ class Received:
 
 
 def receive(
-    task: Task, files: Sequence[Path], *, names: Names | None = None, site: str | None = None
+    task: Task,
+    files: Sequence[Path],
+    *,
+    names: Names | None = None,
+    site: str | None = None,
+    groups: Sequence[str] = (),
 ) -> Received:
     """The records of several files, with what is to be predicted.
 
@@ -89,11 +94,13 @@ def receive(
         files: tables; what their rows name (images) lies beside them.
         names: the hospital's own names of columns.
         site: a column that says whose row it is.
+        groups: columns whose values are subgroups; not of courses by the hour.
 
     Raises:
         DataError: naming file and line.
     """
-    return _receive(_Asked(task, tuple(files), names or Names(), site, answered=True))
+    named = names or Names()
+    return _receive(_Asked(task, tuple(files), named, site, answered=True, groups=tuple(groups)))
 
 
 def receive_inputs(
@@ -173,6 +180,7 @@ class _Asked:
     names: Names
     site: str | None
     answered: bool
+    groups: tuple[str, ...] = ()
 
     def patient(self) -> str | None:
         """The patient column; where nothing is to be learned, only one that was asked for."""
@@ -191,6 +199,7 @@ def _receive(asked: _Asked) -> Received:
 
 
 def _tables(asked: _Asked, columns: TableColumns) -> Taken:
+    columns = replace(columns, groups=asked.groups)
     return take_tables(asked.files, columns, labels=asked.labels())
 
 

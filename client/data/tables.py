@@ -39,6 +39,9 @@ _PARQUET_BATCH_ROWS: Final = 4096
 _READERS: Final = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".parquet": "parquet"}
 
 _NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", re.ASCII)
+UNTOLD: Final = "unknown"
+"""The subgroup of whoever has an empty cell."""
+
 _MISSING: Final = frozenset({"", "?"})
 
 Row = tuple[int, Sequence[Any]]
@@ -65,6 +68,7 @@ class TableColumns:
     time: str | None = None
     event: str | None = None
     most: int | None = None
+    groups: tuple[str, ...] = ()
 
     def told(self) -> tuple[str, ...]:
         """The columns that hold text, the note first."""
@@ -72,8 +76,8 @@ class TableColumns:
         return tuple(name for name in given if name is not None)
 
     def wanted(self) -> tuple[str, ...]:
-        """The columns to look for: text, numbers, codes, then what is to be predicted."""
-        return (*self.told(), *self.numbers, *self.codes, *self.predicted())
+        """The columns to look for: text, numbers, codes, what is to be predicted, subgroups."""
+        return (*self.told(), *self.numbers, *self.codes, *self.predicted(), *self.groups)
 
     def predicted(self) -> tuple[str, ...]:
         """The numeric columns of what is to be predicted."""
@@ -172,6 +176,8 @@ class _RecordMaker:
     def __call__(self, line: int, cells: Sequence[Any]) -> Record:
         columns = self._columns
         told = columns.told()
+        last = len(cells) - len(columns.groups)
+        cells, grouped = cells[:last], cells[last:]
         values = {
             name: self._text(line, name, cell)
             for name, cell in zip(told, cells[: len(told)], strict=True)
@@ -196,6 +202,10 @@ class _RecordMaker:
             ),
             number=self._target(line, columns.number or columns.time, target),
             event=self._event(line, columns.event, target),
+            groups=tuple(
+                f"{name}:{self._code(line, name, cell) or UNTOLD}"
+                for name, cell in zip(columns.groups, grouped, strict=True)
+            ),
         )
 
     def _target(self, line: int, name: str | None, target: Mapping[str, Any]) -> float:

@@ -241,3 +241,19 @@ def test_the_fused_model_explains_itself_part_by_part(played, tmp_path):
     assert "do NOT add up" not in text
     for part in ("note: ", "crp: ", "sex: ", "image: ", "heart_rate: "):
         assert part in text, part
+
+
+def test_subgroups_of_a_table_are_told_where_they_are_asked_for(tmp_path):
+    document = load(STUDY, Study).model_dump(mode="json") | PLAIN
+    document["training"] = {**PLAIN["training"], "rounds": 1}
+    document["evaluation"] = {"every": 1}
+    files = [str(DATA / name) for name in ("cases.csv", "hours.csv")]
+    document["simulation"]["data"] = {"files": files, "groups": ["sex", "patient"]}
+    (tmp_path / "study.yaml").write_text(json.dumps(document))
+    out = tmp_path / "run"
+    assert main(["simulate", str(tmp_path / "study.yaml"), "--out", str(out), "--no-alone"]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())["final_metrics"]
+    groups = metrics["subgroups"]
+    assert {"sex:f", "sex:m"} <= set(groups), "every other column has too many values to be one"
+    assert all(name.startswith("sex:") for name in groups)
+    assert sum(one["n"] for one in groups.values()) <= metrics["everywhere"]["n"]

@@ -49,6 +49,13 @@ def test_a_system_is_simulated_hospital_by_hospital(mode, tmp_path, capsys):
     told = json.loads((out / "metrics.json").read_text())
     assert told["rounds_completed"] == (2 if mode == "local" else 6)
     assert set(told["epsilon"]) == {"101", "102", "103", "104", "105"}
+    groups = told["final_metrics"]["subgroups"]
+    assert {"sex:female", "sex:male", "age:65-79"} <= set(groups)
+    whole = told["final_metrics"]["everywhere"]["n"]
+    assert groups["sex:female"]["n"] + groups["sex:male"]["n"] == whole
+    assert "AUROC by sex: from " in said.out
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "| sex:female |" in card
     if mode == "none":
         assert told["final_metrics"]["everywhere"]["auroc"] > 0.65
 
