@@ -56,11 +56,19 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser, patient="a column to carry over")
+    parser.add_argument("--out", type=Path, default=None, help="where predictions go")
+
+
+def add_record_arguments(parser: argparse.ArgumentParser, *, patient: str) -> None:
+    """What a saved model is asked about: the model, the records, and where it computes.
+
+    `patient`: what its column is for.
+    """
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument(
         "file", type=Path, help="CSV, NDJSON or Parquet with the notes or the features"
     )
-    parser.add_argument("--out", type=Path, default=None, help="where predictions go")
     parser.add_argument(
         "--with",
         dest="beside",
@@ -78,7 +86,7 @@ def _configure_predict(parser: argparse.ArgumentParser) -> None:
         help="where the edge files of the model's knowledge graph lie",
     )
     parser.add_argument("--text", default="text", help="name of the notes' column")
-    parser.add_argument("--patient", default=None, help="a column to carry over")
+    parser.add_argument("--patient", default=None, help=patient)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 

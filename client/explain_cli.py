@@ -5,40 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from client.cli import add_record_arguments
 from common.cli import Command, CommandError, emit_json, say, warn
 from common.errors import Code
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="a model folder")
-    parser.add_argument("file", type=Path, help="the records, as for `wardround predict`")
+    add_record_arguments(parser, patient="a column to name the records by")
     parser.add_argument(
         "--out",
         type=Path,
         default=None,
         help="an .html file, or a folder (default: FILE-explained.html)",
     )
-    parser.add_argument(
-        "--with",
-        dest="beside",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a further file of the same records, as for `wardround predict`",
-    )
-    parser.add_argument(
-        "--knowledge",
-        type=Path,
-        default=None,
-        metavar="FOLDER",
-        help="where the edge files of the model's knowledge graph lie",
-    )
     parser.add_argument("--limit", type=int, default=20, help="records to explain, from the first")
     parser.add_argument("--label", default=None, help="explain this label, not the likeliest")
-    parser.add_argument("--text", default="text", help="name of the notes' column")
-    parser.add_argument("--patient", default=None, help="a column to name the records by")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ class LocalFiles:
             "files": tuple(str(path) for path in self.files),
             "knowledge": "" if self.knowledge is None else str(self.knowledge),
             "reader": "" if self.system is None else self.system.reader,
-            "folder_read": "" if self.system is None else str(self.system.folder),
+            "system": "" if self.system is None else str(self.system.folder),
             **{name: value or "" for name, value in asdict(self.names).items()},
         }
 
@@ -62,7 +62,7 @@ class LocalFiles:
             tuple(Path(path) for path in fields["files"]),
             Names(*(fields[name] or None for name in ("patient", "text", "label"))),
             Path(fields["knowledge"]) if fields["knowledge"] else None,
-            System(fields["reader"], Path(fields["folder_read"])) if fields["reader"] else None,
+            System(fields["reader"], Path(fields["system"])) if fields["reader"] else None,
         )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Protocol, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 from common.config import Frozen, Rules
 from common.ids import is_site_id
 
-__all__ = ["Feature", "FilePath", "Listed", "Name", "Seconds", "Text", "Width", "repeats"]
+__all__ = ["Feature", "FilePath", "Listed", "Name", "Ranged", "Seconds", "Text", "Width", "repeats"]
 
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], Field(strict=False)]  # YAML has lists; a frozen model has tuples
@@ -33,6 +33,25 @@ Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain
 FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
 Width = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Ranged(Protocol):
+    """A number with its public range, however a task declares it."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def low(self) -> float:
+        """The lower bound."""
+        ...
+
+    @property
+    def high(self) -> float:
+        """The upper bound."""
+        ...
 
 
 class Feature(Frozen):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from client.data.tables import (
     _unreadable,
 )
 from common.errors import Code, DataError
+from common.fields import Ranged
 from common.outcomes import LabelSet, Number
 from common.study import MAX_SITES, Study
 from common.tasks.cases import CaseRules, NumberAnswer
@@ -94,19 +95,6 @@ _FACTORS: Final[tuple[tuple[float, str], ...]] = (
 _BANDS: Final = (("1", 1, 1), ("2-3", 2, 3), ("4-9", 4, 9), ("10 or more", 10, None))
 
 
-class _Feature(Protocol):
-    """A numeric column with its range, as tasks declare it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def low(self) -> float: ...
-
-    @property
-    def high(self) -> float: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """A number and its public range."""
@@ -116,7 +104,7 @@ class Bounds:
     high: float
 
     @staticmethod
-    def of(features: Iterable[_Feature]) -> tuple[Bounds, ...]:
+    def of(features: Iterable[Ranged]) -> tuple[Bounds, ...]:
         """The same for several."""
         return tuple(Bounds(f.name, f.low, f.high) for f in features)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from common.fields import Ranged
 from common.outcomes import Classes, LabelSet, Number
 from common.tasks.cases import (
     CaseRules,
@@ -24,17 +25,6 @@ __all__ = ["misfits"]
 
 Misfit = tuple[str, str]
 """A key of the rules, and what is wrong with it, in words that fit after the key."""
-
-
-class _Feature(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def low(self) -> float: ...
-
-    @property
-    def high(self) -> float: ...
 
 
 def misfits(task: Any, rules: CaseRules) -> Iterator[Misfit]:
@@ -79,7 +69,7 @@ def _inputs(task: Any, rules: CaseRules) -> Iterator[Misfit]:
         yield "codes", "is missing: the task reads codes" if codes else _unread("code")
     row: Any = task.numbers if mixed else task
     hourly = task.series if mixed else task if isinstance(task, PrognosisTask) else None
-    numbers: Sequence[_Feature] = ()
+    numbers: Sequence[Ranged] = ()
     if row is not None and row is not hourly:
         numbers = tuple(row.features) if hasattr(row, "features") else ()
     yield from _same("values", numbers, rules.values)
@@ -100,7 +90,7 @@ def _unread(what: str) -> str:
 
 
 def _same(
-    where: str, features: Iterable[_Feature], quantities: Sequence[Observable]
+    where: str, features: Iterable[Ranged], quantities: Sequence[Observable]
 ) -> Iterator[Misfit]:
     wanted, given = list(features), list(quantities)
     if [feature.name for feature in wanted] != [quantity.name for quantity in given]:

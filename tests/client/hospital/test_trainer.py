@@ -431,3 +431,34 @@ def test_a_backbone_that_is_not_the_studys_is_refused(notes_study, task_of):
         with pytest.raises(DataError) as refused:
             _require_backbone(replace(bundle, backbone_digest=bytes(32)))
         assert refused.value.code is Code.BACKBONE_DIFFERS
+
+
+def test_a_child_reads_the_studys_graph_where_the_hospital_keeps_it(task_of, child, tmp_path):
+    from client.build import build_model
+    from client.data.synthetic_visits import write_visits
+    from client.knowledge.shelf import read_knowledge
+    from common.bundle import resolve
+    from common.config import load
+    from common.study import Site, Study
+
+    graphs = tmp_path / "graphs" / "data"
+    graphs.mkdir(parents=True)
+    write_visits(graphs)
+    configs = Path(__file__).parents[3] / "configs"
+    study = load(configs / "medication.yaml", Study).with_sites(
+        [Site(id=name) for name in ("east", "north", "south")]
+    )
+    read_knowledge(study.task, graphs.parent)
+    built = build_model(study)
+    bundle = resolve(study, built.initial, built.backbone_digest, built.config)
+    bundle.save(tmp_path / "bundle")
+
+    def trained(knowledge):
+        files = LocalFiles((graphs / "synthetic-visits.csv",), knowledge=knowledge)
+        task = task_of(folder=tmp_path / "bundle", bundle=bundle, files=files)
+        return child(task).train(dict(bundle.initial), 1)
+
+    assert np.isfinite(trained(graphs.parent)).all()
+    with pytest.raises(DataError) as refused:
+        trained(None)
+    assert refused.value.code is Code.GRAPH_ABSENT
