@@ -11,7 +11,7 @@ from common.address import split_address
 from common.config import Frozen, Rules, beside
 from common.fields import FilePath, Listed, Name, Text
 from common.study import MAX_SITES, MIN_SITES
-from common.tasks.cases import SystemFolder
+from common.tasks.cases import SystemChoice
 
 __all__ = [
     "FORMAT",
@@ -58,7 +58,7 @@ class DataFiles(Frozen):
         (), description="CSV, Parquet or NDJSON; relative to the folder of this file"
     )
     columns: ColumnNames = Field(ColumnNames(), description="own names of the study's columns")
-    system: SystemFolder | None = Field(
+    system: SystemChoice | None = Field(
         None, description="instead of files: the hospital's system; studies say what is a case"
     )
 

@@ -22,6 +22,7 @@ from common.cli import VERSION
 from common.config import beside, load
 from common.doctor import Finding, clock, device, disk, keys
 from common.errors import Code, ConfigError, StorageError
+from common.keys import key_file
 from common.skew import far_apart
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def _key_files(state: Path) -> list[Path]:
 def _records(config: SiteConfig, path: Path) -> Iterator[Finding]:
     system = config.data.system
     if system is not None:
-        folder = beside(path, system.folder)
+        if system.database is not None:
+            yield _database(beside(path, system.database))
+            return
+        folder = beside(path, system.folder or "")
         if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             detail = f"{folder}: not a folder, or not readable by this user"
             fix = "Correct data.system in site.yaml, or its mode."
@@ -93,6 +97,14 @@ def _records(config: SiteConfig, path: Path) -> Iterator[Finding]:
         yield Finding("records", "warn", detail, f"Type: chmod o-r {file}")
     if not unreadable and not loose:
         yield Finding("records", "ok", f"{len(files)} file(s)")
+
+
+def _database(file: Path) -> Finding:
+    try:
+        key_file(file)
+    except StorageError as error:
+        return Finding("records", "fail", error.message, error.remedy)
+    return Finding("records", "ok", "a database; the data check tries it")
 
 
 def _knowledge(config: SiteConfig, path: Path) -> Iterator[Finding]:

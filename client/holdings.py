@@ -55,7 +55,7 @@ def read_holdings(study: Study, config: Path) -> Holdings:
     else:
         system = System.of(data.system, config)
         taken = receive_cases(study, system)
-        files = sorted(path for path in system.folder.rglob("*") if path.is_file())
+        files = system.inputs()
     records = taken.records
     tested = Received((), {})
     if tests:

@@ -50,8 +50,7 @@ class LocalFiles:
         return {
             "files": tuple(str(path) for path in self.files),
             "knowledge": "" if self.knowledge is None else str(self.knowledge),
-            "reader": "" if self.system is None else self.system.reader,
-            "system": "" if self.system is None else str(self.system.folder),
+            "system": () if self.system is None else self.system.dump(),
             **{name: value or "" for name, value in asdict(self.names).items()},
         }
 
@@ -62,7 +61,7 @@ class LocalFiles:
             tuple(Path(path) for path in fields["files"]),
             Names(*(fields[name] or None for name in ("patient", "text", "label"))),
             Path(fields["knowledge"]) if fields["knowledge"] else None,
-            System(fields["reader"], Path(fields["system"])) if fields["reader"] else None,
+            System.load(fields["system"]) if fields["system"] else None,
         )
 
 

@@ -200,7 +200,7 @@ def _folder_keys(document: Document) -> Iterator[tuple[tuple[str | int, ...], st
     if document.format != "wardround-site/1":
         data, prefix = data.get("simulation") or {}, ("simulation", "data")
     system = (data.get("data") or {}).get("system")
-    if system:
+    if system and "folder" in system:
         yield (*prefix, "system", "folder"), system["folder"]
 
 

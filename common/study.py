@@ -17,7 +17,7 @@ from common.fields import FilePath, Listed, Name, Seconds, Text, repeats
 from common.joint import RING_BITS as JOINT_RING_BITS
 from common.outcomes import Classes
 from common.secagg import quorum as quorums
-from common.tasks.cases import CaseRules, SystemFolder
+from common.tasks.cases import CaseRules, SystemChoice
 from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.fit import misfits
@@ -312,7 +312,7 @@ class SimulationData(Frozen):
     test_files: Annotated[Listed[FilePath], Field(max_length=10_000)] = Field(
         (), description="held out for a last test of the models; the same columns"
     )
-    system: SystemFolder | None = Field(
+    system: SystemChoice | None = Field(
         None, description="instead of files: a hospital's system, read by the section cases"
     )
     groups: Annotated[Listed[Text], Field(max_length=10)] = Field(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.config import beside
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
 from common.study import Study, Task
-from common.tasks.cases import SystemFolder
+from common.tasks.cases import SystemChoice
 from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
@@ -53,15 +54,39 @@ class Names:
 
 @dataclass(frozen=True)
 class System:
-    """A hospital's system: which reader knows its layout, and where its tables lie."""
+    """A hospital's system: which reader knows its layout, and where its tables lie.
+
+    Attributes:
+        place: a folder; or, with `database`, the file that holds a database's address.
+        schema: of the database.
+    """
 
     reader: str
-    folder: Path
+    place: Path
+    database: bool = False
+    schema: str = ""
 
     @staticmethod
-    def of(named: SystemFolder, config: Path) -> System:
+    def of(named: SystemChoice, config: Path) -> System:
         """As the file `config` names it."""
-        return System(named.reader, beside(config, named.folder).absolute())
+        place = beside(config, named.database or named.folder or "").absolute()
+        return System(named.reader, place, named.database is not None, named.schema_ or "")
+
+    def dump(self) -> tuple[str, str, str, str]:
+        """As plain text, for the trainer."""
+        return self.reader, str(self.place), "database" if self.database else "", self.schema
+
+    @staticmethod
+    def load(fields: Sequence[str]) -> System:
+        """The inverse of `dump`."""
+        reader, place, database, schema = fields
+        return System(reader, Path(place), bool(database), schema)
+
+    def inputs(self) -> list[Path]:
+        """The files that a simulation's data lie in; none where a database holds them."""
+        if self.database:
+            return []
+        return sorted(path for path in self.place.rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True)
@@ -127,12 +152,12 @@ def receive_cases(study: Study, system: System) -> Received:
 
     rules = study.cases
     if rules is None:
-        raise DataError(Code.NO_CASES, f"{system.folder}: the study {study.name} reads tables.")
-    reader = _reader(system, wanted_of(rules))
+        raise DataError(Code.NO_CASES, f"{system.place}: the study {study.name} reads tables.")
     make = CaseMaker(rules)
-    records = tuple(records_of(reader.encounters(), make))
+    with _reader(system, wanted_of(rules)) as reader:
+        records = tuple(records_of(reader.encounters(), make))
     if not records:
-        message = f"{system.folder}: no encounter there is a case of the study {study.name}."
+        message = f"{system.place}: no encounter there is a case of the study {study.name}."
         raise DataError(Code.CASES_EMPTY, message)
     tally = Counter(reader.tally.counts) + Counter(make.tally.counts)
     tally.update({f"{kind} replaced in texts": count for kind, count in make.replaced.items()})
@@ -141,21 +166,30 @@ def receive_cases(study: Study, system: System) -> Received:
     return Received(records, {}, tally)
 
 
-def _reader(system: System, wanted: Wanted) -> Reader:
+@contextmanager
+def _reader(system: System, wanted: Wanted) -> Iterator[Reader]:
+    from client.data.readers.database import Database
     from client.data.readers.eicu import EicuReader
     from client.data.readers.fhir import FhirReader
     from client.data.readers.mimic import MimicReader
     from client.data.readers.omop import OmopReader
 
-    if not system.folder.is_dir():
-        raise DataError(Code.DATA_UNREADABLE, f"{system.folder}: is not a folder.")
+    if system.database:
+        database = Database(system.place, system.schema)
+        try:
+            yield OmopReader(database, wanted=wanted)
+        finally:
+            database.close()
+        return
+    if not system.place.is_dir():
+        raise DataError(Code.DATA_UNREADABLE, f"{system.place}: is not a folder.")
     readers: Mapping[str, Callable[..., Reader]] = {
         "eicu": EicuReader,
         "fhir": FhirReader,
         "mimic": MimicReader,
         "omop": OmopReader,
     }
-    return readers[system.reader](system.folder, wanted=wanted)
+    yield readers[system.reader](system.place, wanted=wanted)
 
 
 def table_columns(

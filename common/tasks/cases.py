@@ -31,7 +31,7 @@ __all__ = [
     "SeriesRules",
     "SurvivalAnswer",
     "System",
-    "SystemFolder",
+    "SystemChoice",
     "UnitFactor",
     "WindowRules",
 ]
@@ -59,17 +59,39 @@ _Hours = Annotated[float, Field(ge=-87_600, le=87_600)]
 _Keep = Literal["keep", "drop"]
 
 
-class SystemFolder(Frozen):
-    """A hospital's system, as files in that system's own layout."""
+class SystemChoice(Frozen):
+    """A hospital's system: a folder of files in its own layout, or a database."""
 
     reader: Literal["eicu", "fhir", "mimic", "omop"] = Field(
         description="eicu: eICU-CRD 2.0; fhir: FHIR R4 as a bulk export leaves it; mimic: "
         "MIMIC-III or MIMIC-IV, which the tables tell; omop: OMOP CDM 5.3 or 5.4"
     )
-    folder: FilePath = Field(
+    folder: FilePath | None = Field(
+        None,
         description="of tables, .csv, .csv.gz or .parquet, or of .ndjson or .ndjson.gz; relative "
-        "to the folder of this file"
+        "to the folder of this file",
     )
+    database: FilePath | None = Field(
+        None,
+        description="with reader: omop, instead of a folder: a file with the address of a "
+        "PostgreSQL database, postgresql://USER:PASSWORD@HOST/NAME, for its owner's eyes only",
+    )
+    schema_: Text | None = Field(
+        None, alias="schema", description="of the database; absent: the connection's own"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules = Rules()
+        either = (self.folder is None) != (self.database is None)
+        rules.require(either, "folder", "is missing: name a folder, or a database; not both")
+        in_database = self.database is not None
+        told = f"cannot be read with reader: {self.reader}; only omop is"
+        rules.require(not in_database or self.reader == "omop", "database", told)
+        told = "has no effect without a database; remove it"
+        rules.require(in_database or self.schema_ is None, "schema", told)
+        rules.done()
+        return self
 
 
 class CodeRule(Frozen):

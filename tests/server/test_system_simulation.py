@@ -174,3 +174,17 @@ def test_notes_of_the_real_demo_become_cases():
     assert len(found.records) > 500
     assert {record.label for record in found.records} == {"survived", "died"}
     assert all(record.text.strip() for record in found.records)
+
+
+@pytest.mark.parametrize(
+    ("system", "told"),
+    [
+        ({"reader": "eicu"}, "name a folder, or a database"),
+        ({"reader": "omop", "folder": "x", "database": "y"}, "not both"),
+        ({"reader": "eicu", "database": "y"}, "only omop is"),
+        ({"reader": "omop", "folder": "x", "schema": "cdm"}, "no effect without a database"),
+    ],
+)
+def test_a_system_that_is_named_wrongly_is_told(system, told, tmp_path, capsys):
+    assert main(["check", str(site_of(tmp_path, system=system))]) != 0
+    assert told in capsys.readouterr().err

@@ -24,7 +24,18 @@ from typing import BinaryIO, Final, cast
 from client.data.tables import MAX_FIELD_BYTES
 from common.errors import Code, DataError
 
-__all__ = ["Folder", "Item", "Row", "Table", "Wanted", "moment", "number", "told", "wrong_cell"]
+__all__ = [
+    "Folder",
+    "Item",
+    "Row",
+    "Table",
+    "Wanted",
+    "as_text",
+    "moment",
+    "number",
+    "told",
+    "wrong_cell",
+]
 
 _PARQUET: Final = ".parquet"
 _BATCH: Final = 4096
@@ -307,14 +318,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     line += 1
-                    yield line, [_cell(path, line, value) for value in row]
+                    yield line, [as_text(path, line, value) for value in row]
     except (OSError, pa.ArrowException) as error:
         message = f"{path}: is not a whole Parquet file ({type(error).__name__})."
         raise DataError(Code.DATA_UNREADABLE, message) from None
 
 
-def _cell(path: Path, line: int, value: object) -> str:
-    """A value as a CSV file of the same table would write it."""
+def as_text(path: Path, line: int, value: object) -> str:
+    """A value as a CSV file of the same table would write it. Raises DataError."""
     if value is None or value != value:  # noqa: PLR0124 - NaN
         return ""
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""OMOP CDM 5.3 and 5.4 as a folder of tables: Parquet or CSV, one file each.
+"""OMOP CDM 5.3 and 5.4: a folder of tables, Parquet or CSV, one file each, or a database.
 
 What a concept id stands for is told by the table `concept`; it is gone through once, for the ids
 that the cohort's rows have, so that memory follows from these and not from the vocabularies.
@@ -14,6 +14,7 @@ from typing import Final
 
 from client.data.encounters import CodeSystem, Encounter, Tally
 from client.data.readers.cohort import Cohort, Items, Stay, age_in_years, named
+from client.data.readers.database import Database
 from client.data.readers.files import Folder, Table, Wanted, moment, number, told, wrong_cell
 from common.errors import Code, DataError
 
@@ -84,8 +85,8 @@ class OmopReader:
     """Reads a folder of OMOP tables, whatever the case of its file and column names.
 
     Args:
-        folder: holds person, visit_occurrence, concept and what is wanted, as .parquet, .csv or
-            .csv.gz.
+        source: a folder that holds person, visit_occurrence, concept and what is wanted, as
+            .parquet, .csv or .csv.gz; or a database that does, as tables.
         wanted: what to collect. A name under `wanted.items` is a concept's code (LOINC `2160-0`),
             its name, or what the source called it.
 
@@ -101,10 +102,10 @@ class OmopReader:
         DataError: a table that is needed is missing.
     """
 
-    def __init__(self, folder: Path, *, wanted: Wanted) -> None:
+    def __init__(self, source: Path | Database, *, wanted: Wanted) -> None:
         self.tally = Tally()
         self._wanted = wanted
-        self._folder = Folder.scan(folder)
+        self._folder = Folder.scan(source) if isinstance(source, Path) else source
         for name in ("person", "visit_occurrence"):
             self._folder.require(name)
         self._concepts: dict[str, _Concept] = {}

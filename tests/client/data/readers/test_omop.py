@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import os
+import shutil
+import subprocess
+import tempfile
 from datetime import UTC, date, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from client.data.intake import System, receive_cases
+from client.data.readers.database import Database
 from client.data.readers.files import Item, Wanted
 from client.data.readers.omop import OmopReader
-from common.errors import Code, DataError
+from common.errors import Code, DataError, StorageError
+from common.study import Study
 
 CANARY = "canary-7f3a"
 EVERYTHING = Wanted(notes=True, codes=True, drugs=True, measurements=True)
@@ -275,3 +284,210 @@ def test_nothing_is_counted_where_nothing_is_wrong(write_folder):
     """The control of the table above."""
     _, counts = read(write_folder(FILES))
     assert not set(DROPS) & set(counts)
+
+
+# ---- a database
+
+_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+needs_server = pytest.mark.skipif(
+    not _BINARIES or (os.geteuid() == 0 and shutil.which("runuser") is None),
+    reason="PostgreSQL is not installed (Debian: postgresql)",
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The socket folder of a server of its own, which listens nowhere else."""
+    tools = _BINARIES[-1].parent
+    user = "postgres" if os.geteuid() == 0 else None
+    home = Path(tempfile.mkdtemp(prefix="wr-pg-", dir="/tmp"))
+    if user is not None:
+        shutil.chown(home, user)
+
+    def run(*words):
+        subprocess.run(words, check=True, capture_output=True, user=user, cwd="/")
+
+    data = str(home / "data")
+    run(str(tools / "initdb"), "-D", data, "-U", "reader", "--auth=trust", "-E", "UTF8")
+    options = f"-c listen_addresses= -c unix_socket_directories={home} -c fsync=off"
+    control = str(tools / "pg_ctl")
+    try:
+        run(control, "-D", data, "-w", "-o", options, "-l", str(home / "log"), "start")
+        yield home
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            run(control, "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def filled(server):
+    """The tables of test_omop.py, with types of their own, in a schema `cdm`."""
+    import psycopg
+    from psycopg import sql
+
+    with psycopg.connect(f"host={server} user=reader dbname=postgres") as connection:
+        connection.execute("create schema cdm")
+        for file, text in FILES.items():
+            rows = list(csv.DictReader(io.StringIO(text)))
+            table = file.partition(".")[0].lower()
+            kinds = {name: _kind(name) for name in rows[0]}
+            columns = sql.SQL(", ").join(
+                sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind))
+                for name, kind in kinds.items()
+            )
+            where = sql.Identifier("cdm", table)
+            connection.execute(sql.SQL("create table {} ({})").format(where, columns))
+            places = sql.SQL(", ").join([sql.Placeholder()] * len(kinds))
+            insert = sql.SQL("insert into {} values ({})").format(where, places)
+            for row in rows:
+                connection.execute(insert, [row[name] or None for name in kinds])
+    return server
+
+
+def _kind(name):
+    if name.endswith("_datetime"):
+        return "timestamp"
+    if name.endswith("_date"):
+        return "date"
+    if name == "value_as_number":
+        return "numeric"
+    return "integer" if name.endswith(("_id", "_birth")) and name != "vocabulary_id" else "text"
+
+
+@pytest.fixture
+def address(filled, tmp_path):
+    path = tmp_path / "omop.url"
+    path.write_text(f"postgresql://reader:{CANARY}@/postgres?host={filled}\n")
+    path.chmod(0o600)
+    return path
+
+
+@needs_server
+def test_a_database_says_the_same_as_files(address, write_folder):
+    database = Database(address, "cdm")
+    from_database = OmopReader(database, wanted=EVERYTHING)
+    found = list(from_database.encounters())
+    database.close()
+    from_files = OmopReader(write_folder(FILES), wanted=EVERYTHING)
+    expected = list(from_files.encounters())
+
+    def plain(encounter):
+        return [
+            getattr(encounter, name) for name in encounter.__slots__ if name not in {"file", "line"}
+        ]
+
+    assert [plain(one) for one in found] == [plain(one) for one in expected]
+    assert from_database.tally == from_files.tally
+    assert CANARY not in found[0].where
+
+
+@needs_server
+def test_nothing_can_be_written(address):
+    from sqlalchemy import text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    database = Database(address, "cdm")
+    with pytest.raises(SQLAlchemyError, match="read-only"):
+        database._connection.execute(text("delete from cdm.person"))
+    database.close()
+
+
+@needs_server
+def test_all_tables_tell_of_one_moment(address, filled):
+    """Who comes in between the reading of two tables is in neither."""
+    import psycopg
+
+    database = Database(address, "cdm")
+    before = len(list(database.require("person").rows(["person_id"])))
+    with psycopg.connect(f"host={filled} user=reader dbname=postgres") as other:
+        other.execute("insert into cdm.person values (9, 8507, 1960, 1, 1)")
+    try:
+        assert len(list(database.require("person").rows(["person_id"]))) == before
+        database.close()
+        again = Database(address, "cdm")
+        assert len(list(again.require("person").rows(["person_id"]))) == before + 1, "control"
+        again.close()
+    finally:
+        with psycopg.connect(f"host={filled} user=reader dbname=postgres") as other:
+            other.execute("delete from cdm.person where person_id = 9")
+
+
+STUDY = {
+    "format": "wardround-study/1",
+    "name": "omop",
+    "task": {
+        "kind": "tabular",
+        "labels": ["survived", "died"],
+        "features": [{"name": "age", "low": 18.0, "high": 90.0}],
+    },
+    "cases": {
+        "label": {"kind": "mortality"},
+        "values": [{"name": "age", "of": "age", "low": 18.0, "high": 90.0}],
+    },
+    "privacy": {"mode": "none"},
+    "sites": [{"id": name} for name in ("east", "north", "south")],
+}
+
+
+@needs_server
+def test_a_hospitals_database_gives_cases(address):
+    system = System("omop", address, database=True, schema="cdm")
+    found = receive_cases(Study.model_validate(STUDY), system)
+    assert {record.patient: record.label for record in found.records} == {
+        "1": "survived",
+        "2": "died",
+    }
+    assert System.load(system.dump()) == system
+
+
+def refused(make):
+    with pytest.raises((DataError, StorageError)) as caught:
+        make()
+    assert CANARY not in caught.value.message + caught.value.remedy
+    return caught.value
+
+
+@needs_server
+def test_a_table_or_column_that_is_missing_is_named(address, filled):
+    import psycopg
+
+    database = Database(address, "cdm")
+    assert refused(lambda: database.require("observation")).code is Code.DATA_UNREADABLE
+    error = refused(lambda: list(database.require("person").rows(["race"])))
+    assert (error.code, "race" in error.message) == (Code.DATA_COLUMNS, True)
+    database.close()
+    empty = Database(address)
+    assert "no table person" in refused(lambda: empty.require("person")).message
+    empty.close()
+    assert psycopg.__version__
+
+
+@needs_server
+def test_a_server_that_goes_away_is_told(address):
+    database = Database(address, "cdm")
+    rows = database.require("person").rows(["person_id"])
+    next(rows)
+    rows.close()
+    database.close()
+    error = refused(lambda: list(database.require("visit_occurrence").rows(["person_id"])))
+    assert error.code is Code.DATA_UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "code"),
+    [
+        (f"postgresql://reader:{CANARY}@127.0.0.1:1/none", 0o600, Code.DATA_UNREADABLE),
+        (f"mysql://reader:{CANARY}@host/name", 0o600, Code.DATA_FORMAT),
+        (f"{CANARY} is no address", 0o600, Code.DATA_FORMAT),
+        (f"postgresql://reader:{CANARY}@host/name", 0o644, Code.KEY_FILE_OPEN),
+        ("", 0o600, Code.KEY_FILE_DAMAGED),
+        (None, 0o600, Code.KEY_FILE_DAMAGED),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told_and_not_repeated(content, mode, code, tmp_path):
+    path = tmp_path / "omop.url"
+    if content is not None:
+        path.write_text(content)
+        path.chmod(mode)
+    assert refused(lambda: Database(path)).code is code
