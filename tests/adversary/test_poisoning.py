@@ -86,7 +86,8 @@ def test_with_the_gate_the_model_stays_within_the_tolerance(play, poisoning, att
         got.said["final_metrics"]["released"]["scores"]["accuracy"]
         >= best - poisoning.TOLERANCE - 1e-6
     )
-    assert got.accuracy >= honest.accuracy - poisoning.TOLERANCE - SAMPLING
+    # The best model and the one that stayed were both measured on the same few patients.
+    assert got.accuracy >= honest.accuracy - poisoning.TOLERANCE - 2 * SAMPLING
 
 
 def test_without_a_poisoner_the_gate_changes_nothing(play):
@@ -133,7 +134,8 @@ def test_the_run_says_how_many_models_were_rolled_back_and_what_to_do(play):
     assert any("leave one out" in line for line in lines)
     assert f"the last accepted model: {row} newer rolled back" in lines[-1]
     assert f"{got.rejected} of their models rolled back" in card(got)
-    assert next(r["turn"] for r in rounds(got) if r["rejected"]) == SINCE
+    # One bad model may lie within the tolerance; what comes on top of it does not.
+    assert next(r["turn"] for r in rounds(got) if r["rejected"]) in {SINCE, SINCE + 1}
 
 
 def test_a_poisoner_from_the_start_blocks_progress_and_the_run_says_so(play):
