@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -72,7 +73,7 @@ def card(got):
 @pytest.mark.parametrize("attack", GROSS)
 def test_control_without_the_gate_one_hospital_of_five_ruins_the_model(play, attack):
     got = play(attack, gate=False)
-    assert got.accuracy < 0.75
+    assert got.accuracy < 0.72
     assert got.rejected == 0
 
 
@@ -87,7 +88,7 @@ def test_with_the_gate_the_model_stays_within_the_tolerance(play, poisoning, att
         >= best - poisoning.TOLERANCE - 1e-6
     )
     # The best model and the one that stayed were both measured on the same few patients.
-    assert got.accuracy >= honest.accuracy - poisoning.TOLERANCE - 2 * SAMPLING
+    assert got.accuracy >= honest.accuracy - poisoning.TOLERANCE - math.sqrt(2) * SAMPLING
 
 
 def test_without_a_poisoner_the_gate_changes_nothing(play):
