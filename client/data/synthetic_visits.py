@@ -45,15 +45,15 @@ _INSTEAD: Final = {"C07A": "C03C", "M01A": "N02B"}
 
 # The graph: which substance stands for a group, and what it does for an illness.
 _MEMBERS: Final = {
-    "A10B": "A10BA02",
-    "B01A": "B01AA03",
-    "C03C": "C03CA01",
-    "C07A": "C07AA05",
-    "C09A": "C09AA05",
-    "J01C": "J01CA04",
-    "M01A": "M01AE01",
-    "N02B": "N02BE01",
-    "R03A": "R03AC02",
+    "A10B": ("A10BA02", "metformin"),
+    "B01A": ("B01AA03", "warfarin"),
+    "C03C": ("C03CA01", "furosemide"),
+    "C07A": ("C07AA05", "propranolol"),
+    "C09A": ("C09AA05", "ramipril"),
+    "J01C": ("J01CA04", "amoxicillin"),
+    "M01A": ("M01AE01", "ibuprofen"),
+    "N02B": ("N02BE01", "paracetamol"),
+    "R03A": ("R03AC02", "salbutamol"),
 }
 _PALLIATES: Final = frozenset({"M01A", "N02B", "R03A"})
 
@@ -96,10 +96,10 @@ def edges() -> Iterator[Edge]:
     source = (Source("example for Wardround", "CC0-1.0"),)
 
     def drug(group: str) -> Node:
-        return Node("atc", _MEMBERS[group])
+        return Node("atc", *_MEMBERS[group])
 
     for ill, (_, disease, (old, new), drugs) in _ILLS.items():
-        node = Node("disease", disease)
+        node = Node("disease", disease, ill)
         for system, code in (("icd9", old), ("icd10", new)):
             category = Node(system, code.partition(".")[0])
             yield Edge(node, "coded_as", category, source)

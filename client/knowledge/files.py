@@ -11,7 +11,15 @@ from typing import Final, TextIO
 from client.knowledge.graph import Edge, KnowledgeGraph, Node, Source, check_edge
 from common.errors import Code, DataError
 
-__all__ = ["COLUMNS", "FREE_LICENCES", "lines_of", "load_graph", "read_edges", "write_edges"]
+__all__ = [
+    "COLUMNS",
+    "FREE_LICENCES",
+    "NAMES",
+    "lines_of",
+    "load_graph",
+    "read_edges",
+    "write_edges",
+]
 
 COLUMNS: Final = (
     "head_type",
@@ -22,6 +30,8 @@ COLUMNS: Final = (
     "provenance",
     "licence",
 )
+NAMES: Final = ("head_name", "tail_name")
+"""Columns that may be there besides: what people call the two ends."""
 FREE_LICENCES: Final = frozenset({"CC0-1.0", "MIT", "Apache-2.0", "CC-BY-4.0", "CC-BY-3.0"})
 """Licences under which a file may be handed on to anybody."""
 
@@ -46,7 +56,7 @@ def read_edges(path: Path, *, source: Source | None = None) -> Iterator[Edge]:
     """The edges of one .tsv, .tsv.gz or .parquet file.
 
     Args:
-        path: the file; its columns are `COLUMNS`, in any order.
+        path: the file; its columns are `COLUMNS` and perhaps `NAMES`, in any order.
         source: for files whose columns `provenance` and `licence` are absent: of every edge.
 
     Raises:
@@ -67,11 +77,13 @@ def read_edges(path: Path, *, source: Source | None = None) -> Iterator[Edge]:
     if header is None:
         raise DataError(Code.DATA_EMPTY, f"{path}: is empty.")
     order = _order(path, header, source)
+    names = [header.index(name) if name in header else None for name in NAMES]
     count = 0
     for count, (line, cells) in enumerate(rows, start=1):
         if count > _MOST_EDGES:
             raise DataError(Code.DATA_FORMAT, f"{path}: has more than {_MOST_EDGES} edges.")
-        yield _edge(f"{path}:{line}", [cells[at] for at in order], source)
+        called = ["" if at is None else cells[at].strip() for at in names]
+        yield _edge(f"{path}:{line}", [cells[at] for at in order], called, source)
     if not count:
         raise DataError(Code.DATA_EMPTY, f"{path}: has no edge below its header.")
 
@@ -89,8 +101,11 @@ def write_edges(
     Raises:
         DataError: an edge stands under another licence (nothing is written), or the file is there.
     """
-    lines = ["\t".join(COLUMNS)]
+    edges = list(edges)
+    named = any(node.name for edge in edges for node in (edge.head, edge.tail))
+    lines = ["\t".join((*COLUMNS, *(NAMES if named else ())))]
     for edge in edges:
+        names = (edge.head.name, edge.tail.name) if named else ()
         for source in edge.sources:
             if source.licence not in licences:
                 raise DataError(
@@ -98,7 +113,7 @@ def write_edges(
                     f"An edge of {source.provenance} stands under {source.licence}.",
                 )
             ends = (edge.head.kind, edge.head.id, edge.relation, edge.tail.kind, edge.tail.id)
-            lines.append("\t".join((*ends, source.provenance, source.licence)))
+            lines.append("\t".join((*ends, source.provenance, source.licence, *names)))
     try:
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write("\n".join(lines) + "\n")
@@ -120,9 +135,10 @@ def _order(path: Path, header: Sequence[str], source: Source | None) -> list[int
     return [header.index(name) for name in wanted]
 
 
-def _edge(where: str, cells: Sequence[str], source: Source | None) -> Edge:
+def _edge(where: str, cells: Sequence[str], names: Sequence[str], source: Source | None) -> Edge:
     told = Source(cells[5].strip(), cells[6].strip()) if source is None else source
-    edge = Edge(Node(cells[0], cells[1]), cells[2], Node(cells[3], cells[4]), (told,))
+    head, tail = Node(cells[0], cells[1], names[0]), Node(cells[3], cells[4], names[1])
+    edge = Edge(head, cells[2], tail, (told,))
     wrong = check_edge(edge)
     if wrong is not None:
         raise DataError(

@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _FORMAT: Final = "wardround-graph/1"
+_LONGEST_NAME: Final = 200
 
 _PATTERNS: Final = MappingProxyType(
     {
@@ -76,13 +77,14 @@ _IS_A: Final = frozenset({("drug", "atc"), ("rxnorm", "atc"), ("pubchem", "atc")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
-    """One thing of the graph, by kind and id."""
+    """One thing of the graph, by kind and id; `name` is for people to read."""
 
     kind: str
     id: str
+    name: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.id}"
+        return f"{self.kind} {self.id}" + (f" ({self.name})" if self.name else "")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -117,6 +119,8 @@ def check_edge(edge: Edge) -> str | None:
             return f"has a node of a kind that is not known here ({', '.join(NODE_KINDS)})"
         if not is_node_id(node.kind, node.id):
             return f"has an id that is no {node.kind} id in normal form"
+        if node.name and not (_told(node.name) and len(node.name) <= _LONGEST_NAME):
+            return f"has a name that is not {_LONGEST_NAME} printable characters or fewer"
     if edge.relation not in RELATIONS:
         return f"has a relation that is not known here ({', '.join(RELATIONS)})"
     heads, tails = RELATIONS[edge.relation]
@@ -155,10 +159,19 @@ class KnowledgeGraph:
 
         self.counts: Counter[str] = Counter()
         merged: dict[tuple[Node, str, Node], set[Source]] = {}
+        names: dict[Node, set[str]] = {}
         for edge in edges:
             self._take(edge, merged)
+            for node in (edge.head, edge.tail):
+                if node.name:
+                    names.setdefault(node, set()).add(node.name)
+        named = {node: replace(node, name=min(found)) for node, found in names.items()}
+        several = sum(len(found) > 1 for found in names.values())
+        if several:
+            self.counts["nodes that sources name differently"] += several
         self._graph: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
-        for (head, relation, tail), sources in sorted(merged.items()):
+        for (one, relation, other), sources in sorted(merged.items()):
+            head, tail = named.get(one, one), named.get(other, other)
             known = Edge(head, relation, tail, tuple(sorted(sources)))
             self._graph.add_edge(head, tail, key=relation, edge=known)
             if len(sources) > 1:
@@ -251,7 +264,7 @@ class KnowledgeGraph:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the canonical form: every statement with its source, sorted.
+        """Hex SHA-256 of the canonical form: every statement with its source, sorted; then names.
 
         Guarantee: two graphs have the same digest exactly if they state the same from the same
         sources, whatever the order, the files and the repetitions.
@@ -260,6 +273,9 @@ class KnowledgeGraph:
         for edge in self.edges():
             for source in edge.sources:
                 whole.update("\t".join(_fields(edge, source)).encode() + b"\n")
+        for node in self._nodes:
+            if node.name:
+                whole.update(f"name\t{node.kind}\t{node.id}\t{node.name}\n".encode())
         return whole.hexdigest()
 
     def require_digest(self, pinned: str) -> None:

@@ -70,14 +70,15 @@ _CATEGORIES: Final = MappingProxyType({"DM": "treats", "SYM": "palliates", "NOT"
 def _pharmacotherapy(path: Path, source: Source, counts: Counter[str]) -> Iterator[Edge]:
     del counts  # every line is an edge
     names = ("doid_id", "drugbank_id", "category")
-    for line, cells in _table(path, names):
-        disease, drug, kind = cells
+    for line, cells in _table(path, names, ("disease", "drug")):
+        disease, drug, kind, illness, substance = cells
         relation = _CATEGORIES.get(kind)
         if relation is None:
             raise _wrong(path, line, "a category other than DM, SYM and NOT")
         if not is_node_id("disease", disease) or not is_node_id("drug", drug):
             raise _wrong(path, line, "no DOID or DrugBank id")
-        yield Edge(Node("drug", drug), relation, Node("disease", disease), (source,))
+        head, tail = Node("drug", drug, substance), Node("disease", disease, illness)
+        yield Edge(head, relation, tail, (source,))
 
 
 # ---------------------------------------------------------------------- SIDER
@@ -86,18 +87,20 @@ def _pharmacotherapy(path: Path, source: Source, counts: Counter[str]) -> Iterat
 def _sider_indications(path: Path, source: Source, counts: Counter[str]) -> Iterator[Edge]:
     seen: set[tuple[str, str]] = set()
     names = ("drugbank_id", "pubchem_id", "umls_cui_from_meddra", "meddra_type")
-    for line, cells in _table(path, names):
-        drug, compound, concept, term = cells
+    for line, cells in _table(path, names, ("drugbank_name", "meddra_name")):
+        drug, compound, concept, term, substance, finding = cells
         if not is_node_id("drug", drug) or not is_node_id("pubchem", compound):
             raise _wrong(path, line, "no DrugBank or PubChem id")
         if (drug, compound) not in seen:
             seen.add((drug, compound))
-            yield Edge(Node("drug", drug), "same_as", Node("pubchem", compound), (source,))
+            head = Node("drug", drug, substance)
+            yield Edge(head, "same_as", Node("pubchem", compound), (source,))
         if term != "PT" or not is_node_id("concept", concept):
             counts["terms below MedDRA's preferred level"] += 1
         elif (drug, concept) not in seen:
             seen.add((drug, concept))
-            yield Edge(Node("drug", drug), "indicated", Node("concept", concept), (source,))
+            head, tail = Node("drug", drug, substance), Node("concept", concept, finding)
+            yield Edge(head, "indicated", tail, (source,))
 
 
 _SIDER_COLUMNS: Final = 6
@@ -216,7 +219,10 @@ def _compound(text: str) -> str | None:
     return None if found is None else found[1]
 
 
-def _table(path: Path, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+def _table(
+    path: Path, names: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, list[str]]]:
+    """The wanted cells of every line; empty where an optional column is not there."""
     rows = enumerate_rows(path)
     _, header = next(rows, (0, None))
     if header is None:
@@ -224,9 +230,9 @@ def _table(path: Path, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     for name in names:
         if name not in header:
             raise DataError(Code.DATA_COLUMNS, f"{path}: has no column {name}.")
-    order = [header.index(name) for name in names]
+    order = [header.index(name) if name in header else None for name in (*names, *optional)]
     for line, cells in rows:
-        yield line, [cells[at] for at in order]
+        yield line, ["" if at is None else cells[at].strip() for at in order]
 
 
 def _wrong(path: Path, line: int, what: str) -> DataError:

@@ -113,6 +113,7 @@ def test_the_model_learns_and_tells_why(played, tmp_path):
     known = [a for a, t in zip(answers, truth, strict=True) if "J45.909" in t["codes"].split()]
     assert known
     assert all("R03A for icd10:J45.909" in a["reasons"] for a in known if "R03A" in a["labels"])
+    assert all("salbutamol" in a["reasons"] for a in known if "R03A" in a["labels"])
     card = (run / "MODEL_CARD.md").read_text()
     assert "over a knowledge graph" in card
     assert "library_name: wardround" in card
@@ -165,7 +166,7 @@ def test_a_simulation_without_its_graph_ends_before_it_trains(tmp_path, capsys):
 def test_an_edge_more_is_another_graph(tmp_path, capsys):
     study = study_in(tmp_path / "study")
     with (study.parent / "data" / GRAPH.name).open("a") as file:
-        file.write("atc\tN02BE01\tinteracts\tatc\tA10BA02\tsomebody\tCC0-1.0\n")
+        file.write("atc\tN02BE01\tinteracts\tatc\tA10BA02\tsomebody\tCC0-1.0\t\t\n")
     assert main(["simulate", str(study), "--out", str(tmp_path / "run")]) != 0
     assert Code.GRAPH_DIFFERS.label in capsys.readouterr().err
 

@@ -406,5 +406,5 @@ def test_a_knowledge_graph_that_is_missing_or_another_is_an_objection(
     assert objected() == [Code.GRAPH_ABSENT]
     assert objected(knowledge=str(graphs.parent)) == []
     with (graphs / "synthetic-knowledge.tsv").open("a") as file:
-        file.write("atc\tN02BE01\tinteracts\tatc\tA10BA02\tsomebody\tCC0-1.0\n")
+        file.write("atc\tN02BE01\tinteracts\tatc\tA10BA02\tsomebody\tCC0-1.0\t\t\n")
     assert objected(knowledge=str(graphs.parent)) == [Code.GRAPH_DIFFERS]

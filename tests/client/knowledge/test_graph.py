@@ -41,6 +41,39 @@ def fault(path, **more):
     return caught.value
 
 
+# ---------------------------------------------------------------------- names
+
+
+def test_names_are_read_written_and_part_of_the_digest_but_of_no_identity(tmp_path):
+    header = "\t".join((*COLUMNS, "head_name", "tail_name"))
+    path = written(tmp_path, f"{GOOD}\tmetoprolol\thypertension", header=header)
+    named = load_graph([path])
+    (found,) = named.edges()
+    assert (found.head.name, str(found.tail)) == ("metoprolol", "disease DOID:10763 (hypertension)")
+    assert found == TREATS
+    assert found.head in KnowledgeGraph([TREATS])
+    assert named.digest != KnowledgeGraph([TREATS]).digest
+    write_edges(tmp_path / "again.tsv", named.edges())
+    assert load_graph([tmp_path / "again.tsv"], digest=named.digest).digest == named.digest
+
+
+def test_the_same_name_is_taken_whatever_the_order(tmp_path):
+    header = "\t".join((*COLUMNS, "head_name"))
+    lines = [f"{GOOD}\tLopressor", f"{GOOD}\tBeloc".replace("a table", "another")]
+    one = load_graph([written(tmp_path, *lines, header=header)])
+    other = load_graph([written(tmp_path, *lines[::-1], header=header, name="b.tsv")])
+    assert one.digest == other.digest
+    assert one.edges()[0].head.name == other.edges()[0].head.name == "Beloc"
+    assert one.counts["nodes that sources name differently"] == 1
+
+
+@pytest.mark.parametrize("name", ["a\x07b", "x" * 201])
+def test_a_name_that_nobody_can_read_is_refused(name, tmp_path):
+    header = "\t".join((*COLUMNS, "head_name"))
+    error = fault(written(tmp_path, f"{GOOD}\t{name}", header=header))
+    assert (error.code, "has a name" in error.message) == (Code.DATA_VALUE, True)
+
+
 # ---------------------------------------------------------------------- planted faults
 
 
