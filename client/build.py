@@ -24,13 +24,20 @@ class BuiltModel:
     Guarantee: the same study and backbone files give the same bytes on every machine; no secret
     random number is drawn. `config` is the Hugging Face config.json of the saved model, as JSON,
     or the description of a task's own network; its digest then stands for the backbone's.
-    `engine` says what computes clipped sums, and why; empty without a privacy mode.
+    `engine` says what computes clipped sums, and why; empty without a privacy mode. `personal` are
+    the tensors that stay at each hospital, sorted.
     """
 
     initial: dict[str, NDArray[np.float32]]
     backbone_digest: bytes
     config: str
     engine: str = ""
+    personal: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """How many numbers of them the secure sum holds."""
+        return sum(value.size for n, value in self.initial.items() if n not in self.personal)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -47,7 +54,11 @@ def build_model(study: Study) -> BuiltModel:
     Raises:
         DataError: the backbone cannot be used, or does not fit the study.
         RefusedError: its patients' gradients cannot be told apart.
+        ConfigError: it does not have the layers that shall stay at each hospital.
     """
+    from client.tasks.personal import HEAD, personal_names
+
+    parts = study.training.personal
     if study.model is None:
         from client.tasks.kinds import code_of
         from client.tasks.rows import initial_tensors
@@ -55,7 +66,9 @@ def build_model(study: Study) -> BuiltModel:
         code = code_of(study.task)
         engine = _admit_rows(study) if study.privacy.mode != "none" else ""
         known, description = code.architecture(study.task)
-        return BuiltModel(initial_tensors(code, study.task), known, description, engine)
+        initial = initial_tensors(code, study.task)
+        own = personal_names(code.network(study.task), initial, HEAD, parts) if parts else ()
+        return BuiltModel(initial, known, description, engine, own)
     import torch
 
     from client.tasks.backbone import load_backbone
@@ -69,6 +82,7 @@ def build_model(study: Study) -> BuiltModel:
     plain.pop("transformers_version", None)  # a patch release is no other study
     return BuiltModel(
         initial=network.initial(),
+        personal=personal_names(network.model, network.names, network.classifier, parts),
         backbone_digest=backbone.digest,
         config=json.dumps(plain, sort_keys=True),
         engine=engine,

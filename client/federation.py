@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -199,7 +199,7 @@ class Federation:
             study, noise_multiplier=silent, evaluation_noise=None, statistics_noise=None
         )
         noise = SecureNoise(SeededEntropy(f"alone {self._seed} {site}"))
-        trainer = LocalTrainer(learner, bundle.layout, settings, noise, self._device)
+        trainer = LocalTrainer(learner, bundle.trained, settings, noise, self._device)
         own: dict[str, Array] = {}
         if isinstance(learner, Normalising):
             words = learner.statistic_words()
@@ -209,7 +209,7 @@ class Federation:
         for number in range(1, study.training.rounds + 1):
             # Settings without noise shares give real numbers.
             update = cast("NDArray[np.float32]", trainer.train({**state, **own}, number))
-            state = optimizer.apply(state, bundle.layout.unflatten(update))
+            state = optimizer.apply(state, bundle.trained.unflatten(update))
         return {**model_tensors(state), **own}
 
     def counts(self, site: str, state: Tensors) -> NDArray[np.float64]:
@@ -230,29 +230,36 @@ class Federation:
                 return learner.measure_patients()
             return learner.measure()[None]
 
-    def subgroups(self, state: Tensors) -> dict[str, NDArray[np.float64]]:
-        """The metric vectors of `state` over the held-out patients of each subgroup, as `counts`.
+    def subgroups(self, states: Mapping[str, Tensors]) -> dict[str, NDArray[np.float64]]:
+        """The metric vectors over the held-out patients of each subgroup, as `counts`.
+
+        `states`: by site, as the model is there.
 
         A patient belongs to the subgroups of the first record. Those of few patients, and columns
         with so many values that they are no subgroups, are left out.
         """
-        held = [record for records in self._divided.values() for record in records.held_out]
-        patients: dict[str, list[Record]] = defaultdict(list)
-        own = {patient: held[rows[0]].groups for patient, rows in by_patient(held).items()}
-        for record in held:
-            for group in own[record.patient]:
-                patients[group].append(record)
-        kinds = Counter(group.partition(":")[0] for group in patients)
+        members: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for site, divided in self._divided.items():
+            held = divided.held_out
+            own = {patient: held[rows[0]].groups for patient, rows in by_patient(held).items()}
+            for record in held:
+                for group in own[record.patient]:
+                    members[group][site].append(record)
+        kinds = Counter(group.partition(":")[0] for group in members)
         found = {}
-        for group, records in sorted(patients.items()):
-            few = len({record.patient for record in records}) < _FEWEST
-            if few or kinds[group.partition(":")[0]] > _MOST_GROUPS:
+        for group, sites in sorted(members.items()):
+            people = {(site, record.patient) for site, rows in sites.items() for record in rows}
+            if len(people) < _FEWEST or kinds[group.partition(":")[0]] > _MOST_GROUPS:
                 continue
-            learner = build_learner(
-                self.study, records, records, choose_device(self._device), module=self._module
+            found[group] = np.concatenate(
+                [self._counted(self._over(rows), states[site]) for site, rows in sites.items()]
             )
-            found[group] = self._counted(learner, state)
         return found
+
+    def _over(self, records: Sequence[Record]) -> Learner:
+        """A learner that measures on these records."""
+        device = choose_device(self._device)
+        return build_learner(self.study, records, records, device, module=self._module)
 
     def versions(self) -> dict[str, str]:
         """Versions of what training stands on, for the report."""
@@ -294,7 +301,8 @@ def build_trainer(bundle: Bundle, learner: Learner, entropy: Entropy, device: st
         statistics_noise=bundle.statistics_noise,
         joint=bundle.joint_noise(),
     )
-    trainer = LocalTrainer(learner, bundle.layout, settings, SecureNoise(entropy), device)
+    drawn = SecureNoise(entropy)
+    trainer = LocalTrainer(learner, bundle.layout, settings, drawn, device, bundle.own_layout)
     trainer.admit()
     return trainer
 
@@ -313,4 +321,5 @@ def build_bundle(study: Study) -> tuple[Bundle, str]:
     Raises DataError, ConfigError, RefusedError.
     """
     built = build_model(study)
-    return resolve(study, built.initial, built.backbone_digest, built.config), built.engine
+    known = (built.initial, built.backbone_digest, built.config, built.personal)
+    return resolve(study, *known), built.engine

@@ -459,7 +459,8 @@ class HospitalHost:
         try:
             if not folder.model.exists():
                 trainer = self._trainer(opened.approved, opened.split)
-                trainer.export(folder.model, model_tensors(chain.state))
+                own = opened.site.worker.own()
+                trainer.export(folder.model, {**model_tensors(chain.state), **own})
             self._state_privacy(opened)
         except WardroundError as error:
             if self._log is not None:

@@ -306,6 +306,9 @@ def _approved_by(state: HospitalFolder, bundle: Bundle, site: str, pin: Pinned) 
 def _notes(config: SiteConfig, path: Path, plan: Plan) -> Iterator[str]:
     if config.kill_switch_file(path).exists():
         yield "The kill switch is on: nothing runs until `wardround client start`."
+    if plan.personal:
+        told = " and ".join(plan.personal)
+        yield f"The model's {told} stay at each hospital and learn there alone; the rest is summed."
     yield from plan.warnings
 
 

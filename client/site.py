@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.approval import Approval, StudyFacts, approve
+from client.aside import Aside
 from client.config import Ceilings
 from client.daemon import SiteDaemon, told
+from client.personal import PersonalLayers
 from client.privacy.ledger import (
     Charge,
     Ledger,
@@ -142,11 +144,9 @@ def switch_is_on(path: Path) -> bool:
 class HospitalWorker:
     """The hospital's own systems behind the round machine: approval, ledger, trainer."""
 
-    def __init__(
-        self, setup: SiteSetup, ledger: Ledger | None, variate: ControlVariate | None = None
-    ) -> None:
+    def __init__(self, setup: SiteSetup, ledger: Ledger | None, aside: Aside | None = None) -> None:
         self._setup = setup
-        self._variate = variate
+        self._aside = aside
         self._ledger = ledger
         self._reservations: dict[int, Reservation] = {}
         self.final: Chain | None = None
@@ -173,8 +173,8 @@ class HospitalWorker:
             approval=setup.approval,
         )
         trainer = setup.trainer()
-        if self._variate is not None:
-            self._variate.settle(request.counted)
+        if self._aside is not None:
+            self._aside.settle(request.counted)
         self._reserve(request)
         # Reserved and durable: from here the budget stays charged, whatever happens.
         metrics: NDArray[np.int64] | None = None
@@ -183,7 +183,7 @@ class HospitalWorker:
         if request.counts:
             statistics = trainer.statistics()
         if request.measures:
-            metrics = trainer.measure(request.state, request.round)
+            metrics = trainer.measure({**request.state, **self.own()}, request.round)
         if request.trains:
             update = self._train(trainer, request)
         return Worked(update, metrics, self._witness(), statistics)
@@ -195,9 +195,11 @@ class HospitalWorker:
         answering, the round that rolls it back could not end.
         """
         try:
-            if self._variate is not None:
-                return self._corrected(self._variate, trainer, request)
-            return trainer.train(request.state, request.round)
+            if self._aside is None:
+                return trainer.train(request.state, request.round)
+            state = {**request.state, **self._aside.given(request.state)}
+            trained = cast("NDArray[np.float32]", trainer.train(state, request.round))
+            return self._aside.keep(request.round, request.state, trained)
         except DataError as error:
             bundle = self._setup.bundle
             joint = bundle.study.privacy.mode == "joint"  # its zeros would lack their noise
@@ -206,14 +208,9 @@ class HospitalWorker:
                 raise
             return np.zeros(bundle.layout.size, np.float32)
 
-    def _corrected(
-        self, variate: ControlVariate, trainer: Trainer, request: Work
-    ) -> NDArray[np.float32]:
-        """An update by steps that the control variates correct (SCAFFOLD)."""
-        state = {**request.state, **variate.correction(request.state)}
-        update = cast("NDArray[np.float32]", trainer.train(state, request.round))
-        variate.propose(request.round, request.state, update)
-        return update
+    def own(self) -> Tensors:
+        """Tensors of the model that are this hospital's alone; none but with personal layers."""
+        return {} if self._aside is None else self._aside.own()
 
     def _witness(self) -> Witness:
         if self._ledger is None:
@@ -410,7 +407,7 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
         evidence: Evidence = AuditEvidence(log)
         if setup.watch is not None:
             evidence = _Told(evidence, setup.watch)
-        worker = HospitalWorker(setup, ledger, _variate(setup, journal, vault))
+        worker = HospitalWorker(setup, ledger, _aside(setup, journal, vault))
         terms = setup.bundle.terms(setup.roster)
         terms = replace(terms, initial=setup.keep(terms.initial))
         if setup.journals is None:  # alone in its process: nobody else begins from the same state
@@ -430,12 +427,15 @@ def open_site(setup: SiteSetup, ledger: Ledger | None, transport: Transport) -> 
     return Site(setup, daemon, machine, worker, ledger, log, closers)
 
 
-def _variate(setup: SiteSetup, journal: Journal, vault: Vault) -> ControlVariate | None:
-    """The hospital's control variate, where the study's strategy has them."""
-    settings = setup.bundle.optimizer().settings
+def _aside(setup: SiteSetup, journal: Journal, vault: Vault) -> Aside | None:
+    """What the study's strategy has the hospital keep for itself, if anything."""
+    bundle = setup.bundle
+    if bundle.personal:
+        return PersonalLayers(journal, vault, setup.site, bundle.own_layout, bundle.initial)
+    settings = bundle.optimizer().settings
     if settings.name != "scaffold":
         return None
-    return ControlVariate(journal, vault, setup.site, setup.bundle.layout, settings)
+    return ControlVariate(journal, vault, setup.site, bundle.layout, settings)
 
 
 def _journal(setup: SiteSetup) -> tuple[Journal, list[Callable[[], None]]]:
@@ -482,14 +482,14 @@ def open_federation(
 
 
 def built_parameters(study: Study, config: Path) -> tuple[int, str]:
-    """How many parameters the study in the file `config` trains; builds the model."""
+    """How many parameters the sum of the study in the file `config` holds; builds the model."""
     from client.build import build_model
     from client.knowledge.shelf import read_knowledge
 
     read_knowledge(study.task, config.parent)
 
     built = build_model(study)
-    return sum(value.size for value in built.initial.values()), built.engine
+    return built.shared, built.engine
 
 
 def forecast(folder: Path) -> None:

@@ -95,7 +95,7 @@ class TrainerTask:
     @property
     def names(self) -> frozenset[str]:
         """The tensors of a state that training reads; a server optimiser's stay where they are."""
-        names = [spec.name for spec in self.bundle.layout.specs]
+        names = [spec.name for spec in self.bundle.trained.specs]
         return frozenset({*names, *(CORRECTION + name for name in names), MEAN, DEVIATION})
 
     def fields(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class TrainerTask:
 
 def frame_bound(bundle: Bundle) -> int:
     """The most bytes of arrays that either side may send for this study."""
-    values = 2 * bundle.layout.size + 2 * bundle.study.feature_count
+    values = 2 * bundle.trained.size + 2 * bundle.study.feature_count
     words = scoring_of(bundle.study).length + 3 * bundle.study.feature_count
     return 4 * values + 8 * words
 
@@ -276,11 +276,14 @@ class TrainerProcess:
             self._open()
 
     def train(self, state: Tensors, round_number: int) -> NDArray[np.float32] | NDArray[np.int32]:
-        """One round's update, (d,). Raises as `ready`, and as LocalTrainer.train."""
+        """One round's update, (d,), or (d + p,) with tensors of the hospital's own.
+
+        Raises as `ready`, and as LocalTrainer.train.
+        """
         bundle = self._task.bundle
         update = self._work("train", self._seen(state), round=round_number)
         kind = np.int32 if bundle.study.privacy.mode == "joint" else np.float32
-        return _shaped(update, kind, (bundle.layout.size,))
+        return _shaped(update, kind, (bundle.trained.size,))
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state`, (m,) int64. Raises as `ready`."""

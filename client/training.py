@@ -140,6 +140,11 @@ class TrainingSettings:
 class LocalTrainer:
     """The Trainer port over a learner.
 
+    Args:
+        layout: the tensors of an update.
+        own: tensors that stay at this hospital; they are trained with the others, in the same
+            clipped and noised steps.
+
     Guarantee: with mode `local`, `train` is `local_steps` Poisson-subsampled Gaussian mechanisms
         of noise multiplier `noise_multiplier` with the patient as the unit (docs/PRIVACY.md),
         and the model was admitted first. With mode `joint` it is one clipped sum with this
@@ -154,9 +159,12 @@ class LocalTrainer:
         settings: TrainingSettings,
         noise: SecureNoise,
         device: str = "auto",
+        own: Layout | None = None,
     ) -> None:
         self._learner = learner
-        self._layout = layout
+        self._parts = (layout, Layout(()) if own is None else own)
+        specs = (spec for part in self._parts for spec in part.specs)
+        self._layout = Layout(tuple(sorted(specs, key=lambda spec: spec.name)))
         self._settings = settings
         self._noise = noise
         self._device = choose_device(device)
@@ -169,15 +177,17 @@ class LocalTrainer:
         learner.module.to(self._device)
         self._parameters = learner.trainable()
         shapes = {name: tuple(p.shape) for name, p in sorted(self._parameters.items())}
-        if shapes != {spec.name: spec.shape for spec in layout.specs}:
+        if shapes != {spec.name: spec.shape for spec in self._layout.specs}:
             raise DataError(
                 Code.TRAINABLES_DIFFER,
-                f"the model trains {len(shapes)} tensors, the study names {len(layout.specs)} "
-                "or other shapes.",
+                f"the model trains {len(shapes)} tensors, the study names "
+                f"{len(self._layout.specs)} or other shapes.",
             )
 
     def train(self, state: Tensors, round_number: int) -> NDArray[np.float32] | NDArray[np.int32]:
         """The update of one round, (d,) in layout order; words on the grid with mode `joint`.
+
+        Where tensors stay here, theirs follow: (d + p,).
 
         Raises:
             RefusedError: the model does not pass admission.
@@ -200,7 +210,10 @@ class LocalTrainer:
             self._forget(start)
         if not np.isfinite(update).all():
             raise DataError(Code.UPDATE_NOT_FINITE, "the local update is not finite.")
-        return update
+        if not self._parts[1].specs:
+            return update
+        named = self._layout.unflatten(update)
+        return np.concatenate([part.flatten(named) for part in self._parts])
 
     def measure(self, state: Tensors, round_number: int) -> NDArray[np.int64]:
         """The metric words of `state` on the held-out patients, (m,), noised under DP.
@@ -428,7 +441,7 @@ class LocalTrainer:
         return weights
 
     def _forget(self, start: NDArray[np.float32]) -> None:
-        """Leave nothing behind but the state that came in, which the coordinator knows."""
+        """Leave nothing behind but the state that came in."""
         self._load(start)
         if isinstance(self._learner, Varying):
             self._learner.vary(None)
@@ -453,11 +466,14 @@ class LocalTrainer:
     def _pull(self, anchor: list[torch.Tensor]) -> None:
         """Add mu * (w - start): under DP after the noise, a function of what is private already.
 
+        What stays here need not agree with anybody's, and is not pulled.
+
         Source: Li et al. 2020 (FedProx).
         """
+        common = {id(self._parameters[spec.name]) for spec in self._parts[0].specs}
         with torch.no_grad():
             for parameter, home in zip(self._ordered() if anchor else [], anchor, strict=True):
-                if parameter.grad is not None:
+                if parameter.grad is not None and id(parameter) in common:
                     parameter.grad.add_(parameter - home, alpha=self._settings.proximal)
 
     def _correction(self, state: Tensors) -> list[torch.Tensor]:

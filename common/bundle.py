@@ -48,7 +48,8 @@ class Bundle:
     """A resolved study.
 
     The noise multipliers are None without differential privacy; `statistics_noise` also where
-    the study has no numeric features.
+    the study has no numeric features. `personal` are those of the initial tensors that stay at each
+    hospital, sorted.
     """
 
     study: Study
@@ -58,10 +59,23 @@ class Bundle:
     noise_multiplier: float | None
     evaluation_noise: float | None
     statistics_noise: float | None = None
+    personal: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
-        """The trainable tensors, sorted by name."""
+        """The tensors that the secure sum holds, sorted by name."""
+        own = self.personal
+        return Layout(tuple(spec for spec in self.trained.specs if spec.name not in own))
+
+    @property
+    def own_layout(self) -> Layout:
+        """The tensors that stay at each hospital, sorted by name."""
+        own = self.personal
+        return Layout(tuple(spec for spec in self.trained.specs if spec.name in own))
+
+    @property
+    def trained(self) -> Layout:
+        """All trainable tensors, sorted by name."""
         return Layout.of(self.initial)
 
     @property
@@ -85,6 +99,7 @@ class Bundle:
             repr(self.noise_multiplier),
             repr(self.evaluation_noise),
             repr(self.statistics_noise),
+            " ".join(self.personal),
         )
 
     def optimizer(self) -> ServerOptimizer:
@@ -107,7 +122,9 @@ class Bundle:
     @cached_property
     def _start(self) -> Tensors:
         """The state before the first round: one for all parties of a process, never written to."""
-        state = self.optimizer().initial(self.initial)
+        own = self.personal
+        common = {n: v for n, v in self.initial.items() if n not in own} if own else self.initial
+        state = self.optimizer().initial(common)
         for value in state.values():
             value.setflags(write=False)
         return state
@@ -203,7 +220,8 @@ class Bundle:
             "noise_multiplier": self.noise_multiplier,
             "evaluation_noise": self.evaluation_noise,
             "statistics_noise": self.statistics_noise,
-            "shapes": {s.name: list(s.shape) for s in self.layout.specs},
+            "shapes": {s.name: list(s.shape) for s in self.trained.specs},
+            "personal": list(self.personal),
             "model_config": json.loads(self.model_config),
         }
         text = json.dumps(facts, indent=1, sort_keys=True)
@@ -227,6 +245,7 @@ class Bundle:
                 facts["noise_multiplier"],
                 facts["evaluation_noise"],
                 facts["statistics_noise"],
+                tuple(facts["personal"]),
             )
             expected = facts["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -238,7 +257,13 @@ class Bundle:
         return bundle
 
 
-def resolve(study: Study, initial: Tensors, backbone_digest: bytes, model_config: str) -> Bundle:
+def resolve(
+    study: Study,
+    initial: Tensors,
+    backbone_digest: bytes,
+    model_config: str,
+    personal: tuple[str, ...] = (),
+) -> Bundle:
     """Fix what the study leaves open: the noise for its epsilon, from public numbers alone."""
     planned = plan(study, Layout.of(initial).size)
     return Bundle(
@@ -249,6 +274,7 @@ def resolve(study: Study, initial: Tensors, backbone_digest: bytes, model_config
         planned.training.noise_multiplier if planned.training is not None else None,
         planned.evaluation.noise_multiplier,
         None if planned.statistics is None else planned.statistics.noise_multiplier,
+        personal,
     )
 
 

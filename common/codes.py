@@ -229,6 +229,11 @@ class Code(Enum):
         "The study reads more tokens than the model has positions for.",
         "Lower task.max_tokens, or set task.long_notes to window.",
     )
+    PERSONAL_LAYERS = (
+        "WR-2111",
+        "The study's network does not have the layers that training.personal names, or no others.",
+        "Name in training.personal layers that the network has, and leave some for all hospitals.",
+    )
     MODEL_OUTPUT = (
         "WR-2108",
         "The model folder or the predictions cannot be written.",

@@ -193,6 +193,7 @@ class Plan:
     statistics: StatisticsPlan | None = None
     joint: JointPlan | None = None
     engine: str = ""
+    personal: tuple[str, ...] = ()
 
     @property
     def seconds_per_round(self) -> float:
@@ -291,6 +292,7 @@ def plan(
         statistics=statistics,
         joint=joint,
         engine=engine,
+        personal=study.training.personal,
     )
 
 
@@ -729,8 +731,10 @@ def _evaluation_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     seconds = plan.seconds_per_round
+    own = [("stay at each hospital", " and ".join(plan.personal))] if plan.personal else []
     return [
         ("parameters trained", f"{plan.parameters:,} in a {plan.ring_bits}-bit ring"),
+        *own,
         ("bytes up", f"{_size(plan.bytes_up)} per hospital and round"),
         ("bytes down", f"{_size(plan.bytes_down)} per hospital and round"),
         ("time", f"about {_time(seconds)} a round, {_time(seconds * plan.rounds)} in all"),

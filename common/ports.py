@@ -80,7 +80,7 @@ class Trainer(Protocol):
         """The local update after training from `state`, flat, tensors by name.
 
         Shapes: (d,) float32; with joint privacy (d,) int32, on the study's grid and with this
-            site's share of the noise.
+            site's share of the noise; with layers of the site's own (d + p,), theirs last.
         """
         ...
 

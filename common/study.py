@@ -136,6 +136,11 @@ class Training(Frozen):
     spare_rounds: int = Field(
         2, ge=0, le=10_000, description="rounds that may be burned and tried again within epsilon"
     )
+    personal: Annotated[Listed[Literal["head", "norms"]], Field(max_length=2)] = Field(
+        (),
+        description="layers that stay at each hospital and learn there alone: head, the last "
+        "layer; norms, scales and biases of normalising layers",
+    )
 
 
 class ServerOptimizer(Frozen):
@@ -460,6 +465,8 @@ class Study(Frozen):
             self._joint_rules(rules)
         if self.aggregation.optimizer.name == "scaffold":
             self._scaffold_rules(rules)
+        if self.training.personal:
+            self._personal_rules(rules)
         self._task_rules(rules)
         self._site_rules(rules)
         if self.party_count is not None and self.party_count >= MIN_SITES:
@@ -535,6 +542,33 @@ class Study(Frozen):
             "acceptance",
             "must be absent with aggregation.optimizer.name: scaffold: hospitals' control variates "
             "cannot be rolled back with a model",
+        )
+
+    def _personal_rules(self, rules: Rules) -> None:
+        """What stays at a hospital is in no sum: nothing that needs everybody's can hold it."""
+        for index in repeats(self.training.personal):
+            rules.require(False, f"training.personal.{index}", "is listed twice")  # noqa: FBT003
+        rules.require(
+            self.privacy.mode != "joint",
+            "training.personal",
+            "must be absent with privacy.mode: joint: what stays at a hospital would carry its own "
+            "small share of the noise alone, and the next update would tell of it",
+        )
+        told = "must be absent with training.personal: "
+        rules.require(
+            self.aggregation.optimizer.name != "scaffold",
+            "aggregation.optimizer.name",
+            "must not be scaffold with training.personal: control variates correct what is common",
+        )
+        rules.require(
+            self.acceptance is None,
+            "acceptance",
+            told + "hospitals' own layers cannot be rolled back with a model",
+        )
+        rules.require(
+            self.aggregation.average is None,
+            "aggregation.average",
+            told + "hospitals' own layers fit the last model, not an average",
         )
 
     def _site_rules(self, rules: Rules) -> None:

@@ -434,6 +434,7 @@ class CoordinatorRun:
             backbone=study.architecture[0],
             tuning=study.architecture[1],
             parameters=bundle.layout.size,
+            personal=bundle.own_layout.size,
             rounds_planned=study.training.rounds,
             rounds=self._history.rounds,
             sites=tuple(

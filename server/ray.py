@@ -43,7 +43,7 @@ from common.errors import (
     StorageError,
     WardroundError,
 )
-from common.ports import Transport
+from common.ports import Tensors, Transport
 from common.protocol.envelope import COORDINATOR, Envelope
 from common.world import SystemEntropy, write_durably
 from server.app import Exchange, Pace, app, bind
@@ -177,6 +177,10 @@ class Resident:
         error = None if self._site is None else self._site.worker.declined
         return None if error is None else (told(error).label, _told(error))
 
+    def own(self) -> Tensors:
+        """Tensors of the model that are this hospital's alone."""
+        return {} if self._site is None else self._site.worker.own()
+
     def spent(self) -> tuple[float, float] | None:
         """Epsilon and its cap, or None without a ledger."""
         if self._ledger is None:
@@ -219,10 +223,21 @@ def _carried(
 
 
 @dataclass
-class _Declined:
-    """`worker.declined` of a hospital that lives elsewhere."""
+class _Elsewhere:
+    """`worker` of a hospital that lives elsewhere, as far as a run looks at it."""
 
-    declined: WardroundError | None
+    resident: Any
+
+    @property
+    def declined(self) -> WardroundError | None:
+        """What it last would not do."""
+        found = ray.get(self.resident.declined.remote())
+        return None if found is None else _meant(found[1])
+
+    def own(self) -> Tensors:
+        """Tensors of the model that are its own alone."""
+        found: Tensors = ray.get(self.resident.own.remote())
+        return found
 
 
 @dataclass
@@ -232,10 +247,9 @@ class _Remote:
     resident: Any
 
     @property
-    def worker(self) -> _Declined:
-        """What it last would not do."""
-        found = ray.get(self.resident.declined.remote())
-        return _Declined(None if found is None else _meant(found[1]))
+    def worker(self) -> _Elsewhere:
+        """What it does its work with."""
+        return _Elsewhere(self.resident)
 
     def declined_with(self, label: str) -> bool:
         """Whether that is what it told by this code."""
@@ -388,6 +402,7 @@ class RayRun(SimulatedRun):
             raise self._saved(error) from error
         finally:
             # Now, for Flower ends Ray with everything on it.
+            self._collect()
             for site in self._remote.values():
                 site.close(finish=finished)
             self._sites.clear()

@@ -230,6 +230,7 @@ class RunResult:
         test: the same where these are the records of the study's test files.
         ended: why the run ended before its last round; None where it did not.
         scoring: what was measured. labels: what the model tells apart, if anything.
+        parameters: that the secure sum holds; `personal`: that stay at each hospital.
         subgroups: the final model on the held-out patients of each, over all sites, exact; named
             `kind:value`.
     """
@@ -263,6 +264,7 @@ class RunResult:
     central: Evaluation | None = None
     software: Mapping[str, str] = field(default_factory=dict)
     subgroups: Mapping[str, Evaluation] = field(default_factory=dict)
+    personal: int = 0
     ended: Code | None = None
 
     def __post_init__(self) -> None:
@@ -598,6 +600,11 @@ def _card_head(result: RunResult) -> str:
             (
                 f"- Backbone: `{result.backbone}`, tuning `{result.tuning}`, "
                 f"{result.parameters:,} trained parameters"
+                + (
+                    f", and {result.personal:,} that stay at each hospital"
+                    if result.personal
+                    else ""
+                )
             ),
             f"- Created: {result.created}",
             f"- Model digest: `{result.model_digest}`",
@@ -870,7 +877,10 @@ def conclude(result: RunResult, folder: Path, warnings: Sequence[str]) -> Conclu
         "output": str(folder),
         "warnings": list(warnings),
     }
-    verbs = [f"privacy {folder}", f"audit verify {folder}", f"predict {folder / 'model'} FILE"]
+    model = folder / "model"
+    if result.personal:  # every hospital has a model of its own
+        model /= result.sites[0].site
+    verbs = [f"privacy {folder}", f"audit verify {folder}", f"predict {model} FILE"]
     if not result.simulated:  # ledgers and the folder that loads are the hospitals'
         verbs = [f"audit verify {folder}", "client status  (at a hospital: its model and ledger)"]
     elif result.privacy.mode == "none":
@@ -945,6 +955,9 @@ def _quality_lines(result: RunResult) -> list[str]:
     if own is not None:
         compared = "" if alone is None else f"alone {alone:.3f}, "
         lines.append(f"{score} on a hospital's own patients (mean): {compared}together {own:.3f}")
+    # With layers of their own there is no common model to hold against what each reaches alone.
+    if result.personal:
+        return lines
     if result.everywhere is not None and result.everywhere.primary is not None:
         compared = "" if wide is None else f"alone {wide:.3f} (mean), "
         together = result.everywhere.primary
@@ -969,16 +982,25 @@ def _verdict(result: RunResult, *, held: bool) -> str:
         return "NOT GOOD: " + "; ".join(faults)
     unread = "nobody's update was readable, the audit logs verify"
     private = "" if result.privacy.mode == "none" else ", every privacy budget held"
-    wide = _mean([site.alone_everywhere for site in result.sites])
-    gain = ""
-    if wide is not None and result.everywhere is not None and result.everywhere.primary is not None:
-        gained = result.everywhere.primary - wide
-        if result.scoring.names[0] in FALLING:
-            told = f"{gained / wide:+.0%} {result.score}" if wide else f"{gained:+.3g}"
-        else:
-            told = f"{100 * gained:+.1f} points"
-        gain = f"; together {told} on everybody's patients against alone"
-    return f"{unread}{private}{gain}{_standing(result)}"
+    return f"{unread}{private}{_gain(result)}{_standing(result)}"
+
+
+def _gain(result: RunResult) -> str:
+    """Together against alone: on everybody's patients, or each on its own where models differ."""
+    if result.personal:
+        alone, whose = _mean([site.alone for site in result.sites]), "a hospital's own"
+        together = _mean([site.together for site in result.sites])
+    else:
+        alone, whose = _mean([site.alone_everywhere for site in result.sites]), "everybody's"
+        together = None if result.everywhere is None else result.everywhere.primary
+    if alone is None or together is None:
+        return ""
+    gained = together - alone
+    if result.scoring.names[0] in FALLING:
+        told = f"{gained / alone:+.0%} {result.score}" if alone else f"{gained:+.3g}"
+    else:
+        told = f"{100 * gained:+.1f} points"
+    return f"; together {told} on {whose} patients against alone"
 
 
 def _standing(result: RunResult) -> str:

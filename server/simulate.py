@@ -42,7 +42,7 @@ from common.errors import AbortedRound, Code, StorageError, WardroundError
 from common.evidence import AuditEvidence, Evidence
 from common.metrics import scoring_of, words_from_counts
 from common.plan import evaluation_rounds, plan
-from common.ports import Entropy, Transport
+from common.ports import Entropy, Tensors, Transport
 from common.protocol.transcript import Chain
 from common.protocol.wire import Refusal, unpack_body
 from common.strategy import model_tensors
@@ -271,6 +271,8 @@ class SimulatedRun:
         self._events = open_log(paths.log)
         self._terms = terms
         self._final: Chain | None = None
+        # What is each hospital's alone, of the final model.
+        self._own: dict[str, Tensors] = {}
         self._starved: AbortedRound | None = None
         self._shown = (0, "", 0, 0.0)
         self._journal = FileJournal(paths.state / "coordinator" / "journal")
@@ -379,7 +381,8 @@ class SimulatedRun:
             return error
         folder = self._paths.so_far
         shutil.rmtree(folder, ignore_errors=True)
-        self._federation.export(folder, model_tensors(chain.state))
+        self._collect()
+        self._export(folder, model_tensors(chain.state))
         message = (
             f"{error.message} {done} of {self._terms.turns} rounds are complete; the model after "
             f"them is in {folder}."
@@ -529,12 +532,12 @@ class SimulatedRun:
             raise AssertionError("a run is finished after it is over")
         self._journals.settle()
         self._events.info("run.finished", model_digest=self._final.state_digest.hex())
+        self._collect()
         for site in self._sites.values():
             site.close(finish=True)
         self._log.finish()
         state = model_tensors(self._final.state)
-        if not self._paths.model.exists():
-            self._federation.export(self._paths.model, state)
+        self._export(self._paths.model, state)
         report = run_audit_verify(self._paths.audit)
         good = report.verified and report.complete
         self._view.note("measuring the model at every hospital")
@@ -542,12 +545,25 @@ class SimulatedRun:
         write_report(self._paths.root, result)
         return result
 
+    def _collect(self) -> None:
+        """What is each hospital's alone, while its journal is open."""
+        if self._bundle.personal:
+            self._own |= {name: site.worker.own() for name, site in self._sites.items()}
+
+    def _export(self, folder: Path, state: Tensors) -> None:
+        """The model as a folder; one for each hospital where layers are theirs alone."""
+        own = self._own or {"": {}}
+        for name, tensors in own.items():
+            if not (folder / name).exists():
+                self._federation.export(folder / name, {**state, **tensors})
+
     def _result(
         self, state: Mapping[str, NDArray[np.float32]], *, audit_verified: bool, started: float
     ) -> RunResult:
         study, bundle = self._bundle.study, self._bundle
         machine = self._driver.machine
-        counts = {v: self._federation.counts(v, state) for v in self._names}
+        states = {v: {**state, **self._own.get(v, {})} for v in self._names}
+        counts = {v: self._federation.counts(v, states[v]) for v in self._names}
         everywhere = self._evaluation(np.concatenate(list(counts.values())))
         sites = tuple(self._site_result(v, counts[v]) for v in self._names)
         if self._final is None:
@@ -564,6 +580,7 @@ class SimulatedRun:
             backbone=study.architecture[0],
             tuning=study.architecture[1],
             parameters=bundle.layout.size,
+            personal=bundle.own_layout.size,
             rounds_planned=study.training.rounds,
             rounds=self._history.rounds,
             sites=sites,
@@ -581,7 +598,7 @@ class SimulatedRun:
             test=everywhere if self._federation.tested else None,
             subgroups={
                 name: self._evaluation(own)
-                for name, own in self._federation.subgroups(state).items()
+                for name, own in self._federation.subgroups(states).items()
             },
             software=self._federation.versions(),
         )

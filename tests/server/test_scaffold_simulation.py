@@ -290,12 +290,12 @@ def state(*c):
 
 
 def correction(found):
-    return list(found.correction(state(0, 0))[CORRECTION + "w"])
+    return list(found.given(state(0, 0))[CORRECTION + "w"])
 
 
 def test_a_variate_counts_once_its_round_does_and_not_before():
     journal = MemoryJournal()
-    variate(journal).propose(2, state(1, 1), np.array([4, -2], np.float32))
+    variate(journal).keep(2, state(1, 1), np.array([4, -2], np.float32))
     # 0 - c - update / 2
     assert correction(variate(journal)) == [0, 0]
     variate(journal).settle(2)
@@ -305,7 +305,7 @@ def test_a_variate_counts_once_its_round_does_and_not_before():
 @pytest.mark.parametrize("counted", [0, 1, 3])
 def test_a_variate_of_a_round_that_did_not_count_is_forgotten(counted):
     journal = MemoryJournal()
-    variate(journal).propose(2, state(1, 1), np.array([4, -2], np.float32))
+    variate(journal).keep(2, state(1, 1), np.array([4, -2], np.float32))
     variate(journal).settle(counted)
     variate(journal).settle(2)
     assert correction(variate(journal)) == [0, 0]
@@ -313,9 +313,9 @@ def test_a_variate_of_a_round_that_did_not_count_is_forgotten(counted):
 
 def test_a_round_told_twice_changes_nothing():
     journal = MemoryJournal()
-    variate(journal).propose(2, state(1, 1), np.array([4, -2], np.float32))
+    variate(journal).keep(2, state(1, 1), np.array([4, -2], np.float32))
     variate(journal).settle(2)
-    variate(journal).propose(3, state(0, 0), np.array([2, 2], np.float32))
+    variate(journal).keep(3, state(0, 0), np.array([2, 2], np.float32))
     variate(journal).settle(2)  # round 3 was burned: the link is still round 2's
     assert correction(variate(journal)) == [3, 0]
 
@@ -323,7 +323,7 @@ def test_a_round_told_twice_changes_nothing():
 def test_a_variate_lies_sealed_and_opens_for_its_owner_alone():
     journal = MemoryJournal()
     secret = np.array([123.5, -7.25], np.float32)
-    variate(journal).propose(2, state(0, 0), secret)
+    variate(journal).keep(2, state(0, 0), secret)
     variate(journal).settle(2)
     kept = b"".join(journal.blobs.values())
     assert kept

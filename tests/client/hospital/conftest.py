@@ -48,7 +48,8 @@ def _bundle(changes: Mapping[str, Any]) -> Bundle:
 
     study = _study(changes)
     built = build_model(study)
-    return resolve(study, built.initial, built.backbone_digest, built.config)
+    known = (built.initial, built.backbone_digest, built.config, built.personal)
+    return resolve(study, *known)
 
 
 @pytest.fixture(scope="session")

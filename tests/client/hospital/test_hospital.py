@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from client.approval import Approval
@@ -20,6 +21,7 @@ from client.trainer import TrainerProcess
 from common.audit import verify
 from common.crypto.identity import SiteKey
 from common.errors import Code, ConfigError, RefusedError, StorageError
+from common.tensors import load_tensors
 from common.world import SystemEntropy, WallClock
 
 SITES = ("east", "north", "south", "west")
@@ -66,6 +68,27 @@ def test_a_whole_study_runs_and_leaves_model_and_statement(consortium, fleet, lo
     log = study_folder(consortium, "north") / "audit" / "north.jsonl"
     assert verify(log, consortium.keys["north"].public).complete
     assert not verify(log, consortium.keys["south"].public).complete
+
+
+def test_layers_of_its_own_stay_at_a_hospital_and_come_out_in_its_model(
+    consortium, bundle_of, local, request
+):
+    consortium.bundle = bundle_of(training={"rounds": 2, "local_steps": 2, "personal": ["head"]})
+    fleet = request.getfixturevalue("fleet")
+    ready(consortium, local)
+    fleet.run()
+    assert fleet.codes == []
+    assert {spec.name for spec in consortium.bundle.layout.specs} == {
+        "hidden1.bias",
+        "hidden1.weight",
+    }
+    models = [
+        load_tensors(study_folder(consortium, site) / "model" / "model.safetensors")
+        for site in SITES
+    ]
+    for name in consortium.bundle.initial:
+        alike = all(np.array_equal(model[name], models[0][name]) for model in models)
+        assert alike == name.startswith("hidden1")
 
 
 def test_a_hospital_goes_on_from_its_journal_after_its_daemon_died(consortium, fleet, local):

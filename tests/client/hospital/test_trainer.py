@@ -151,6 +151,28 @@ def test_a_correction_of_scaffold_reaches_the_child(task_of, child, local):
     assert not np.allclose(update, near.train(plain, 2), atol=1e-3)
 
 
+def test_tensors_of_the_hospitals_own_reach_the_child_and_come_back_last(task_of, child, local):
+    from dataclasses import replace
+
+    from common.world import SeededEntropy
+
+    plain = task_of()
+    names = [spec.name for spec in plain.bundle.layout.specs]
+    bundle = replace(plain.bundle, personal=tuple(names[:1]))
+    bundle.save(plain.folder)
+    task = replace(plain, bundle=bundle)
+    far = child(task, command=(sys.executable, "-c", SEEDED))
+    near = local(task, SeededEntropy("noise"))
+    state = state_of(plain.bundle)
+    trained = far.train(state, 1)
+    assert np.array_equal(trained, near.train(state, 1))
+    assert trained.shape == (bundle.layout.size + bundle.own_layout.size,)
+    # The same steps as where nothing stays, in another order.
+    whole = local(plain, SeededEntropy("noise")).train(state, 1)
+    first = bundle.own_layout.size
+    assert np.array_equal(trained, np.concatenate([whole[first:], whole[:first]]))
+
+
 def test_a_real_child_draws_its_own_noise_and_stays_warm(task_of, child, tmp_path):
     task = task_of()
     trainer = child(task)
