@@ -16,6 +16,8 @@ from client.data.records import Record
 from client.data.tables import TableColumns, read_table
 from common.errors import Code, DataError, StorageError
 from common.outcomes import Classes, LabelSet, Number, Outcome
+from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.medication import MedicationTask
 
 __all__ = ["MODEL_FORMAT", "TASK_FILE", "WEIGHTS_FILE", "Answer", "Prediction", "header", "predict"]
 
@@ -164,7 +166,8 @@ class _Rows(_Predictor):
         self._graph = None if choice is None else graph_of(choice)
         self.header = header(self.task.outcome)
         if self._graph is not None:
-            self.header += ("reasons", "flags")
+            medication = isinstance(self.task, MedicationTask)
+            self.header += ("reasons", "flags") if medication else ("named",)
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:
         from client.tasks.outcomes import answers
@@ -172,6 +175,12 @@ class _Rows(_Predictor):
         found = answers(self.task.outcome, self._saved.outputs(records))
         if self._graph is None:
             return found
+        if isinstance(self.task, DiagnosisTask) and self.task.graph is not None:
+            from client.knowledge.mentions import mentions_of
+
+            known = mentions_of(self.task.graph)
+            named = [[node.name for node in known.nodes(record.text)] for record in records]
+            return [answer | {"named": names} for answer, names in zip(found, named, strict=True)]
         from client.knowledge.reasons import advice
         from client.knowledge.visits import known_codes
 
@@ -224,7 +233,7 @@ def _cells(answer: Answer) -> Iterator[str]:
         if isinstance(told, dict):
             yield from (f"{share:.6f}" for share in told.values())
         elif isinstance(told, list):
-            yield ("; " if name in {"reasons", "flags"} else ";").join(told)
+            yield ("; " if name in {"reasons", "flags", "named"} else ";").join(told)
         else:
             yield told if isinstance(told, str) else f"{told:.6g}"
 

@@ -14,7 +14,9 @@ from client.knowledge.files import load_graph, write_edges
 from client.knowledge.graph import KnowledgeGraph
 from common.errors import Code, DataError
 from common.study import Task
-from common.tasks.medication import GraphChoice, MedicationTask
+from common.tasks.diagnosis import DiagnosisTask
+from common.tasks.graph import GraphChoice
+from common.tasks.medication import MedicationTask
 
 __all__ = [
     "KNOWLEDGE_FILE",
@@ -33,7 +35,7 @@ _SHELF: Final[dict[str, KnowledgeGraph]] = {}
 
 def graph_choice(task: Task) -> GraphChoice | None:
     """The graph that a task names, if it names one."""
-    return task.graph if isinstance(task, MedicationTask) else None
+    return task.graph if isinstance(task, MedicationTask | DiagnosisTask) else None
 
 
 def read_knowledge(task: Task, folder: Path | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from client.data.records import Record
+from client.knowledge.mentions import mentions_of
 from client.tasks.diagnosis import invented_notes
 from client.tasks.rows import Encoded, described, first_values
 from client.tasks.text import Cleaner, Reading
@@ -42,38 +43,58 @@ def architecture(task: DiagnosisTask) -> tuple[bytes, str]:
         mode="json",
         include={"labels", "several", "max_tokens", "stop_words", "stemming", "encoder"},
     )
+    if task.graph is not None:
+        facts["graph"] = task.graph.model_dump(exclude={"files"})
     return described("notes", facts)
 
 
 class NoteClassifier(nn.Module):
-    """A text encoder and a linear classifier. Shapes: (B, T) int64 to (B, outputs)."""
+    """A text encoder and a linear classifier, and another over what a graph knows of the note.
 
-    def __init__(self, encoder: TextEncoder, outputs: int) -> None:
+    Shapes: (B, T) int64, with a graph also (B, G) float32, to (B, outputs).
+    """
+
+    def __init__(self, encoder: TextEncoder, outputs: int, known: int = 0) -> None:
         super().__init__()
         self.text = TextConvolution(encoder)
         self.output = nn.Linear(encoder.features, outputs)
+        self.graph = nn.Linear(known, outputs, bias=False) if known else None
 
-    def forward(self, places: Tensor) -> Tensor:
+    def forward(self, places: Tensor, *known: Tensor) -> Tensor:
         """The logits of each note."""
         found: Tensor = self.output(self.text(places))
+        if self.graph is not None:
+            found = found + self.graph(known[0])
         return found
 
 
 def network(task: DiagnosisTask) -> nn.Module:
     """The network at its first values: an output layer of zeros favours no label."""
-    module = NoteClassifier(_encoder(task), task.outcome.outputs)
+    known = 0 if task.graph is None else task.graph.width
+    module = NoteClassifier(_encoder(task), task.outcome.outputs, known)
     first_values(module)
     spread_embedding(module.text)
     with torch.no_grad():
         module.output.weight.zero_()
+        if module.graph is not None:
+            module.graph.weight.zero_()
     return module
 
 
 def encode(task: DiagnosisTask, records: Sequence[Record]) -> Encoded:
-    """The notes as places in the public vocabulary. Shapes: one tensor (N, max_tokens) int64."""
+    """The notes as places in the public vocabulary, and what the graph knows of them.
+
+    Names are looked for in the whole note, before words are cut, removed or stemmed.
+
+    Shapes: (N, max_tokens) int64; with a graph also (N, G) float32.
+    """
     clean = Cleaner(Reading.of(task))
     texts = [clean(record.text) for record in records]
-    return Encoded(None, (text_tensor(_encoder(task), texts, task.max_tokens),))
+    places = text_tensor(_encoder(task), texts, task.max_tokens)
+    if task.graph is None:
+        return Encoded(None, (places,))
+    known = mentions_of(task.graph).rows([record.text for record in records])
+    return Encoded(None, (places, torch.from_numpy(known)))
 
 
 def probes(task: DiagnosisTask) -> tuple[Record, ...]:

@@ -10,6 +10,7 @@ from common.config import Frozen, Rules
 from common.fields import Feature, Listed, Text, repeats
 from common.outcomes import Classes, LabelSet
 from common.tasks.encoders import TextEncoder
+from common.tasks.graph import GraphChoice
 
 __all__ = ["OWN_NETWORK", "DiagnosisColumns", "DiagnosisTask"]
 
@@ -72,6 +73,11 @@ class DiagnosisTask(Frozen):
     encoder: TextEncoder | None = Field(
         None, description="instead of the section model: a small encoder, trained from the start"
     )
+    graph: GraphChoice | None = Field(
+        None,
+        description="with an encoder: a knowledge graph; what it knows of the diseases and drugs "
+        "that a note names is read beside the note",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -90,6 +96,12 @@ class DiagnosisTask(Frozen):
             "long_notes",
             "must be truncate with an encoder, which reads the first max_tokens",
         )
+        rules.require(
+            self.graph is None or self.encoder is not None,
+            "graph",
+            "needs an encoder: a pretrained network keeps its own architecture, so that what is "
+            "saved loads everywhere",
+        )
         for index, label in enumerate(self.labels):
             whole = not self.several or ";" not in label
             rules.require(whole, f"labels.{index}", "has a semicolon, which parts labels")
@@ -106,7 +118,8 @@ class DiagnosisTask(Frozen):
         """What learns, in words."""
         if self.encoder is None:
             return "text encoder"
-        return f"{OWN_NETWORK}{self.encoder.vocabulary}"
+        known = "" if self.graph is None else " beside a knowledge graph"
+        return f"{OWN_NETWORK}{self.encoder.vocabulary}{known}"
 
     @property
     def outcome(self) -> Classes | LabelSet:
