@@ -604,9 +604,6 @@ class Study(Frozen):
 
     def _simulation_rules(self, rules: Rules, simulation: Simulation) -> None:
         split, listed = simulation.split, len(self.sites)
-        hourly = isinstance(self.task, PrognosisTask)
-        told = "has no effect with task.kind: prognosis, read from tables; remove it"
-        rules.require(not hourly or not simulation.data.groups, "simulation.data.groups", told)
         system = simulation.data.system is not None
         told = "is missing: it says what of a hospital's system is a case"
         rules.require(not system or self.cases is not None, "cases", told)

@@ -119,7 +119,7 @@ def receive(
         files: tables; what their rows name (images) lies beside them.
         names: the hospital's own names of columns.
         site: a column that says whose row it is.
-        groups: columns whose values are subgroups; not of courses by the hour.
+        groups: columns whose values are subgroups.
 
     Raises:
         DataError: naming file and line.
@@ -355,6 +355,7 @@ def _series(asked: _Asked) -> Received:
         patient=asked.patient(),
         label=asked.names.label or columns.label if columns.label is not None else None,
         most=columns.most if asked.answered else None,
+        groups=asked.groups,
     )
     taken = take_series(asked.files, columns, labels=asked.labels())
     return Received(taken.records, taken.dropped, taken.tally.counts)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from client.data.encounters import Tally
 from client.data.records import Record
-from client.data.tables import MAX_FIELD_BYTES
+from client.data.tables import MAX_FIELD_BYTES, UNTOLD
 from common.errors import Code, DataError
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class SeriesColumns:
     `features` are in the order of a record's series; each is a column of the files by the hour, or
     of those by the stay, where it counts as measured in the first hour. patient None: every stay is
     a patient of its own. label and number None: nothing is to be predicted (or, one of them). site
-    None: the files belong to one site. `most` is how many stays of a patient are taken.
+    None: the files belong to one site. `most` is how many stays of a patient are taken. `groups`
+    are columns whose values are subgroups; their cells may be empty.
     """
 
     stay: str
@@ -68,6 +69,7 @@ class SeriesColumns:
     number: str | None = None
     site: str | None = None
     most: int | None = None
+    groups: tuple[str, ...] = ()
 
     def facts(self) -> tuple[str, ...]:
         """The columns that say one thing about a stay."""
@@ -165,7 +167,8 @@ class _File:
             raise DataError(Code.DATA_UNREADABLE, f"{path}: there is no such file.")
         with _blamed(path):
             names = _parquet_names(path) if kind == "parquet" else _csv_names(path, kind)
-        every = (columns.stay, columns.time, *columns.features, *columns.facts())
+        said = (*columns.facts(), *columns.groups)
+        every = (columns.stay, columns.time, *columns.features, *said)
         wanted = tuple(name for name in dict.fromkeys(every) if name in names)
         for one in wanted:
             if names.count(one) > 1:
@@ -291,7 +294,7 @@ def _complete(files: Sequence[_File], columns: SeriesColumns) -> None:
         raise DataError(Code.DATA_EMPTY, "no file is given.")
     if not any(file.hourly for file in files):
         raise _no_column(files[0].path, columns.time, files[0].names)
-    for name in (*columns.features, *columns.facts()):
+    for name in (*columns.features, *columns.facts(), *columns.groups):
         where = [file for file in files if name in file.wanted]
         if not where:
             names = list(dict.fromkeys(other for file in files for other in file.names))
@@ -312,6 +315,7 @@ class _Stay:
     at: int
     where: tuple[str, int]
     facts: dict[str, str | float] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
     hours: int = 0
 
 
@@ -426,6 +430,21 @@ class _Grid:
                 kept = stay.facts.setdefault(column, self._fact(cells, row, column, value))
                 if kept != value:
                     raise cells.wrong(row, column, "says two things of one stay")
+        for column in self._columns.groups:
+            if column in cells.part:
+                self._group(column, cells, which, stays)
+
+    def _group(
+        self, column: str, cells: _Cells, which: NDArray[np.int64], stays: Sequence[_Stay | None]
+    ) -> None:
+        """Keep the subgroup that the part says of its stays; an empty cell says none."""
+        for row, value in enumerate(cells.part[column].to_pylist()):
+            stay = stays[int(which[row])]
+            told = "" if value is None else _told(value)
+            if stay is None or not told:
+                continue
+            if stay.groups.setdefault(column, told) != told:
+                raise cells.wrong(row, column, "says two things of one stay")
 
     def _fact(self, cells: _Cells, row: int, column: str, value: str | float) -> str | float:
         if isinstance(value, float):
@@ -488,7 +507,14 @@ class _Grid:
             encounter=name,
             number=number,
             series=self._values[stay.at, : stay.hours],
+            groups=tuple(f"{one}:{stay.groups.get(one, UNTOLD)}" for one in columns.groups),
         )
+
+
+def _told(cell: object) -> str:
+    """A subgroup's name as a text file would have it: 64 and not 64.0."""
+    whole = isinstance(cell, float) and cell.is_integer()
+    return str(int(cell) if whole else cell).strip()  # type: ignore[call-overload]
 
 
 # ---------------------------------------------------------------------- cells

@@ -188,3 +188,22 @@ def test_hours_outside_the_window_are_told_and_not_learned_from(tmp_path, capsys
     for reason in ("before the stay", "after the hours", "not in the table of stays"):
         assert "left out: 1 rows " in said.err + said.out
         assert reason in said.err + said.out
+
+
+def test_subgroups_of_courses_are_told(tmp_path):
+    document = study("class", "none")
+    document["training"] |= {"rounds": 1, "local_steps": 1}
+    document["evaluation"]["every"] = 1
+    document["simulation"]["data"]["groups"] = ["ward"]
+    with STAYS.open(newline="") as stream:
+        rows = list(csv.reader(stream))
+    with (tmp_path / "stays.csv").open("w", newline="") as stream:
+        out = csv.writer(stream)
+        out.writerow([*rows[0], "ward"])
+        out.writerows([*row, "AB"[at % 2]] for at, row in enumerate(rows[1:]))
+    document["simulation"]["data"]["files"] = [str(HOURS), "stays.csv"]
+    (tmp_path / "study.yaml").write_text(json.dumps(document))
+    assert main(["simulate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run" / "metrics.json").read_text())["final_metrics"]
+    assert set(told["subgroups"]) == {"ward:A", "ward:B"}
+    assert sum(one["n"] for one in told["subgroups"].values()) == told["everywhere"]["n"]

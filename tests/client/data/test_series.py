@@ -338,3 +338,50 @@ def test_yaibs_tables_are_read_as_they_are():
     assert {record.label for record in found} == {"0", "1"}
     assert all(record.series.shape == (25, 3) for record in found)
     assert all(record.series[0, 2] > 10 for record in found)
+
+
+GROUPED = replace(COLUMNS, groups=("ward", "sex"))
+
+
+def test_subgroups_are_what_the_tables_say_of_a_stay(tmp_path):
+    stays = [(*STAYS[0], "sex"), (*STAYS[1], "f"), (*STAYS[2][:4], "", " ")]
+    files = [write(tmp_path / "h.csv", HOURLY), write(tmp_path / "s.csv", stays)]
+    one, other = take_series(files, GROUPED, labels=LABELS).records
+    assert one.groups == ("ward:A", "sex:f")
+    assert other.groups == ("ward:unknown", "sex:unknown")
+    assert take_series(files, COLUMNS, labels=LABELS).records[0].groups == ()
+
+
+def test_a_whole_number_of_parquet_is_the_subgroup_that_text_would_be(tmp_path):
+    stays = pa.table(
+        {
+            "stay": ["s1", "s2"],
+            "patient": ["p1", "p2"],
+            "label": ["home", "died"],
+            "age": [70.0, 64.0],
+            "ward": pa.array([3.0, None]),
+            "sex": pa.array(["f", "m"]).dictionary_encode(),
+        }
+    )
+    parquet.write_table(stays, tmp_path / "s.parquet")
+    files = [write(tmp_path / "h.csv", HOURLY), tmp_path / "s.parquet"]
+    found = take_series(files, GROUPED, labels=LABELS).records
+    assert [record.groups for record in found] == [
+        ("ward:3", "sex:f"),
+        ("ward:unknown", "sex:m"),
+    ]
+
+
+def test_two_subgroups_of_one_stay_are_refused(tmp_path):
+    hours = [(*HOURLY[0], "sex"), *((*row, "fmfm"[at]) for at, row in enumerate(HOURLY[1:]))]
+    files = [write(tmp_path / "h.csv", hours), write(tmp_path / "s.csv", STAYS)]
+    with pytest.raises(DataError, match=r"h.csv:3: column sex says two things") as refused:
+        take_series(files, GROUPED, labels=LABELS)
+    assert refused.value.code is Code.DATA_VALUE
+
+
+def test_a_subgroup_that_no_file_has_is_refused(tmp_path):
+    files = [write(tmp_path / "h.csv", HOURLY), write(tmp_path / "s.csv", STAYS)]
+    with pytest.raises(DataError, match="no column sex") as refused:
+        take_series(files, GROUPED, labels=LABELS)
+    assert refused.value.code is Code.DATA_COLUMNS
