@@ -88,13 +88,13 @@ SETTINGS: dict[Row, Line] = {
     "none": {
         "task": {"network": _PLAIN, "augmentation": _VARIED},
         "training": {
-            "rounds": 20,
+            "rounds": 40,
             "local_steps": 30,
             "expected_batch": 64,
             "micro_batch": 64,
             "optimizer": _ADAMW,
         },
-        "aggregation": {"average": 0.5},
+        "aggregation": {"average": 0.8},
         "privacy": {"mode": "none"},
     },
     "local": {

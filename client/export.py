@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from client.knowledge.shelf import save_knowledge
-from client.predict import MODEL_FORMAT, TASK_FILE, WEIGHTS_FILE
+from client.predict import CASES_FILE, MODEL_FORMAT, TASK_FILE, WEIGHTS_FILE
 from client.tasks.backbone import Backbone
 from client.tasks.kinds import code_of
 from client.tasks.network import Plan, bare_model, network_for
@@ -63,6 +63,7 @@ def export_model(folder: Path, study: Study, backbone: Backbone, state: Tensors)
         saved: Any = model
         saved.save_pretrained(temporary)
         backbone.tokenizer.save_pretrained(temporary)
+        _save_cases(study, temporary)
 
     _whole(folder, write)
 
@@ -103,8 +104,16 @@ def export_rows(folder: Path, study: Study, state: Tensors) -> None:
         save_tensors(temporary / WEIGHTS_FILE, {name: state[name] for name in weights})
         (temporary / TASK_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         save_knowledge(task, temporary)
+        _save_cases(study, temporary)
 
     _whole(folder, write)
+
+
+def _save_cases(study: Study, folder: Path) -> None:
+    """What of a hospital's system the model is to be asked about, where the study says it."""
+    if study.cases is not None:
+        rules = study.cases.model_dump_json(indent=1)
+        (folder / CASES_FILE).write_text(rules + "\n", encoding="utf-8")
 
 
 def _whole(folder: Path, write: Callable[[Path], None]) -> None:

@@ -14,15 +14,29 @@ from typing import IO, Any, Final
 from client.data.intake import receive_inputs
 from client.data.records import Record
 from client.data.tables import TableColumns, read_table
+from common.config import load
 from common.errors import Code, DataError, StorageError
 from common.outcomes import Classes, LabelSet, Number, Outcome
+from common.study import Task
+from common.tasks.cases import CaseRules
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.medication import MedicationTask
 
-__all__ = ["MODEL_FORMAT", "TASK_FILE", "WEIGHTS_FILE", "Answer", "Prediction", "header", "predict"]
+__all__ = [
+    "CASES_FILE",
+    "MODEL_FORMAT",
+    "TASK_FILE",
+    "WEIGHTS_FILE",
+    "Answer",
+    "Prediction",
+    "header",
+    "predict",
+]
 
 TASK_FILE: Final = "task.json"
 WEIGHTS_FILE: Final = "model.safetensors"
+CASES_FILE: Final = "cases.json"
+"""What of a hospital's system a model is asked about, beside its weights."""
 MODEL_FORMAT: Final = "wardround-model/1"
 
 _BATCH: Final = 64
@@ -33,9 +47,12 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One record's answer: its place in the file, and what is told (client/tasks/outcomes.py)."""
+    """One record's answer: where it stands, and what is told (client/tasks/outcomes.py).
 
-    line: int
+    `place` is the line in the file, or the stay in the hospital's system.
+    """
+
+    place: int | str
     patient: str | None
     answer: Answer
 
@@ -55,7 +72,8 @@ def predict(
 
     Args:
         model_folder: a folder that training wrote (any folder with a sequence classifier works).
-        file: CSV, Parquet or NDJSON with a text column, or with the columns of the model's task.
+        file: CSV, Parquet or NDJSON with a text column, or with the columns of the model's task; or
+            a hospital's site.yaml, whose system is then asked for every stay that the study takes.
         out: must not exist; appears whole or not at all.
         beside: further files of the same records, for a model that reads measurements by the hour.
         knowledge: the folder of the graph that a model reads, where it does not lie in its own.
@@ -64,7 +82,8 @@ def predict(
         device: auto, cpu or cuda[:N].
 
     Raises:
-        DataError: the folder is not a model, the file cannot be used, `out` is already there.
+        DataError: the folder is not a model, the file cannot be used, `out` is already there; the
+            model's study has no rules for a system, or the site none.
         StorageError: `out` cannot be written.
     """
     if out.suffix.lower() not in {".csv", ".ndjson", ".jsonl"}:
@@ -72,20 +91,45 @@ def predict(
         raise DataError(Code.DATA_FORMAT, message, remedy="Name an output that ends in .csv.")
     if out.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
+    system = file.suffix.lower() in {".yaml", ".yml"}
     classify: _Predictor
     if (model_folder / TASK_FILE).is_file():
         rows = _Rows(model_folder, device, knowledge)
-        records = receive_inputs(rows.task, [file, *beside], patient=patient)
         classify = rows
+        if not system:
+            records = receive_inputs(rows.task, [file, *beside], patient=patient)
     elif beside:
         message = f"{beside[0]}: this model reads one file of notes."
         raise DataError(Code.DATA_FORMAT, message, remedy="Leave out --with.")
     else:
-        records = read_table(file, TableColumns(text=text, patient=patient), labels=None)
         classify = _Classifier(model_folder, device)
-    answers = classify(records, keep_patient=patient is not None)
-    _write(out, answers, classify.header)
+        if not system:
+            records = read_table(file, TableColumns(text=text, patient=patient), labels=None)
+    if system:
+        task = rows.task if isinstance(classify, _Rows) else None
+        records = _stays(model_folder, file, task)
+    answers = classify(records, keep_patient=system or patient is not None, by_stay=system)
+    _write(out, answers, ("stay" if system else "line", "patient", *classify.header))
     return len(records)
+
+
+def _stays(model_folder: Path, site: Path, task: Task | None) -> tuple[Record, ...]:
+    """The stays of the system that a site.yaml names, as the model's study takes them."""
+    from client.config import SiteConfig
+    from client.data.intake import System, receive_unanswered
+
+    named = load(site, SiteConfig).data.system
+    if named is None:
+        raise DataError(Code.DATA_FORMAT, f"{site}: names no system; give its tables themselves.")
+    path = model_folder / CASES_FILE
+    if not path.is_file():
+        raise DataError(Code.NO_CASES, f"{model_folder}: the study of this model read tables.")
+    try:
+        rules = CaseRules.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"{path}: not the rules of a study ({type(error).__name__})."
+        raise DataError(Code.MODEL_STATE, message) from None
+    return receive_unanswered(task, rules, System.of(named, site)).records
 
 
 class _Predictor:
@@ -93,12 +137,14 @@ class _Predictor:
 
     header: tuple[str, ...]
 
-    def __call__(self, records: Sequence[Record], *, keep_patient: bool) -> Iterator[Prediction]:
+    def __call__(
+        self, records: Sequence[Record], *, keep_patient: bool, by_stay: bool = False
+    ) -> Iterator[Prediction]:
         for first in range(0, len(records), _BATCH):
             chunk = records[first : first + _BATCH]
             for record, answer in zip(chunk, self._answers(chunk), strict=True):
                 patient = record.patient if keep_patient else None
-                yield Prediction(record.line, patient, answer)
+                yield Prediction(record.encounter if by_stay else record.line, patient, answer)
 
     def _answers(self, records: Sequence[Record]) -> list[Answer]:
         raise NotImplementedError
@@ -223,9 +269,9 @@ def header(outcome: Outcome) -> tuple[str, ...]:
 
 def _csv(stream: IO[str], answers: Iterable[Prediction], names: Sequence[str]) -> None:
     writer = csv.writer(stream)
-    writer.writerow(["line", "patient", *names])
+    writer.writerow(names)
     for found in answers:
-        writer.writerow([found.line, found.patient or "", *_cells(found.answer)])
+        writer.writerow([found.place, found.patient or "", *_cells(found.answer)])
 
 
 def _cells(answer: Answer) -> Iterator[str]:
@@ -238,9 +284,9 @@ def _cells(answer: Answer) -> Iterator[str]:
             yield told if isinstance(told, str) else f"{told:.6g}"
 
 
-def _ndjson(stream: IO[str], answers: Iterable[Prediction], _names: Sequence[str]) -> None:
+def _ndjson(stream: IO[str], answers: Iterable[Prediction], names: Sequence[str]) -> None:
     for found in answers:
-        entry: dict[str, Any] = {"line": found.line}
+        entry: dict[str, Any] = {names[0]: found.place}
         if found.patient is not None:
             entry["patient"] = found.patient
         for name, told in found.answer.items():

@@ -19,17 +19,18 @@ from common.config import beside
 from common.errors import Code, DataError
 from common.outcomes import Classes, LabelSet
 from common.study import Study, Task
-from common.tasks.cases import SystemChoice
+from common.tasks.cases import CaseRules, SystemChoice
 from common.tasks.custom import CustomTask
 from common.tasks.diagnosis import DiagnosisTask
 from common.tasks.imaging import ImagingTask
 from common.tasks.medication import MedicationTask
-from common.tasks.multimodal import MultimodalTask
+from common.tasks.multimodal import ImageInput, MultimodalTask
 from common.tasks.prognosis import PrognosisTask
 from common.tasks.tabular import RowTerms, TabularTask
 
 if TYPE_CHECKING:
-    from client.data.encounters import Reader
+    from client.data.encounters import ImageEntry, Reader
+    from client.data.images import Pixels
     from client.data.readers.files import Wanted
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "receive",
     "receive_cases",
     "receive_inputs",
+    "receive_unanswered",
     "table_columns",
 ]
 
@@ -59,34 +61,40 @@ class System:
     Attributes:
         place: a folder; or, with `database`, the file that holds a database's address.
         schema: of the database.
+        images: a folder of DICOM images of the same patients.
     """
 
     reader: str
     place: Path
     database: bool = False
     schema: str = ""
+    images: Path | None = None
 
     @staticmethod
     def of(named: SystemChoice, config: Path) -> System:
         """As the file `config` names it."""
         place = beside(config, named.database or named.folder or "").absolute()
-        return System(named.reader, place, named.database is not None, named.schema_ or "")
+        images = None if named.images is None else beside(config, named.images).absolute()
+        database = named.database is not None
+        return System(named.reader, place, database, named.schema_ or "", images)
 
-    def dump(self) -> tuple[str, str, str, str]:
+    def dump(self) -> tuple[str, ...]:
         """As plain text, for the trainer."""
-        return self.reader, str(self.place), "database" if self.database else "", self.schema
+        database, images = "database" if self.database else "", str(self.images or "")
+        return self.reader, str(self.place), database, self.schema, images
 
     @staticmethod
     def load(fields: Sequence[str]) -> System:
         """The inverse of `dump`."""
-        reader, place, database, schema = fields
-        return System(reader, Path(place), bool(database), schema)
+        reader, place, database, schema, images = fields
+        pictures = Path(images) if images else None
+        return System(reader, Path(place), bool(database), schema, pictures)
 
     def inputs(self) -> list[Path]:
-        """The files that a simulation's data lie in; none where a database holds them."""
-        if self.database:
-            return []
-        return sorted(path for path in self.place.rglob("*") if path.is_file())
+        """The files that a simulation's data lie in; none of a database."""
+        places = [] if self.database else [self.place]
+        places += [] if self.images is None else [self.images]
+        return [p for place in places for p in sorted(place.rglob("*")) if p.is_file()]
 
 
 @dataclass(frozen=True)
@@ -148,22 +156,67 @@ def receive_cases(study: Study, system: System) -> Received:
         DataError: NO_CASES, the study has no such rules; CASES_EMPTY, nothing is a case; a table
             is missing or wrong, naming file and line.
     """
+    if study.cases is None:
+        raise DataError(Code.NO_CASES, f"{system.place}: the study {study.name} reads tables.")
+    return _cases(study.task, study.cases, system, answered=True)
+
+
+def receive_unanswered(task: Task | None, rules: CaseRules, system: System) -> Received:
+    """The same of stays whose answer nobody has to know: every stay that the rules take.
+
+    task None: of a saved text model, which does not say more.
+
+    Raises DataError, as `receive_cases`.
+    """
+    return _cases(task, rules, system, answered=False)
+
+
+def _cases(task: Task | None, rules: CaseRules, system: System, *, answered: bool) -> Received:
     from client.data.cases import CaseMaker, records_of, wanted_of
 
-    rules = study.cases
-    if rules is None:
-        raise DataError(Code.NO_CASES, f"{system.place}: the study {study.name} reads tables.")
-    make = CaseMaker(rules)
-    with _reader(system, wanted_of(rules)) as reader:
+    make = CaseMaker(rules, answered=answered, picture=_picture(task))
+    with _reader(system, wanted_of(rules)) as plain:
+        reader = plain if rules.image == "none" else _pictured(plain, system)
         records = tuple(records_of(reader.encounters(), make))
-    if not records:
-        message = f"{system.place}: no encounter there is a case of the study {study.name}."
-        raise DataError(Code.CASES_EMPTY, message)
     tally = Counter(reader.tally.counts) + Counter(make.tally.counts)
+    if isinstance(task, ImagingTask):
+        seen = tuple(record for record in records if record.image is not None)
+        tally[NO_IMAGE] += len(records) - len(seen)
+        records = seen
+    if not records:
+        message = f"{system.place}: no encounter there is a case of this study."
+        raise DataError(Code.CASES_EMPTY, message)
     tally.update({f"{kind} replaced in texts": count for kind, count in make.replaced.items()})
-    if isinstance(study.task, MedicationTask):
-        tally += unseen(study.task, records)
-    return Received(records, {}, tally)
+    if isinstance(task, MedicationTask):
+        tally += unseen(task, records)
+    return Received(records, {}, +tally)
+
+
+NO_IMAGE: Final = "encounters without an image that may be seen"
+
+
+def _picture(task: Task | None) -> Callable[[ImageEntry], Pixels] | None:
+    """What reads an image as the task looks at it; None where it looks at none."""
+    looks = task.image if isinstance(task, MultimodalTask) else task
+    if not isinstance(looks, ImagingTask | ImageInput):
+        return None
+    from client.data.images import look_of, read_image
+
+    look = look_of(looks)
+    return lambda entry: read_image(entry.path, look)
+
+
+def _pictured(reader: Reader, system: System) -> Reader:
+    from client.data.pictured import PicturedReader
+
+    if system.images is None:
+        raise DataError(
+            Code.NO_CASES,
+            f"{system.place}: the study reads an image of each stay, and no folder of images is "
+            "named.",
+            remedy="Name it beside the system: images: FOLDER.",
+        )
+    return PicturedReader(reader, system.images)
 
 
 @contextmanager

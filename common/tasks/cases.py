@@ -79,6 +79,11 @@ class SystemChoice(Frozen):
     schema_: Text | None = Field(
         None, alias="schema", description="of the database; absent: the connection's own"
     )
+    images: FilePath | None = Field(
+        None,
+        description="a folder of DICOM images of the same patients, by the same ids (an export of "
+        "the PACS), for studies that read one; relative to the folder of this file",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

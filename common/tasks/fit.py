@@ -60,10 +60,10 @@ def _inputs(task: Any, rules: CaseRules) -> Iterator[Misfit]:
     reads = task.text is not None if mixed else isinstance(task, DiagnosisTask)
     if reads != (rules.notes is not None):
         yield "notes", "is missing: the task reads a text" if reads else _unread("text")
-    if isinstance(task, ImagingTask) or (mixed and task.image is not None):
-        yield "image", "cannot be read from a hospital's system yet: give tables and images"
-    elif rules.image != "none":
-        yield "image", _unread("image")
+    looks = isinstance(task, ImagingTask) or (mixed and task.image is not None)
+    if looks != (rules.image != "none"):
+        told = "is none, and the task reads an image: take the first, or the last"
+        yield "image", told if looks else _unread("image")
     codes = isinstance(task, MedicationTask)
     if codes != (rules.codes is not None):
         yield "codes", "is missing: the task reads codes" if codes else _unread("code")
