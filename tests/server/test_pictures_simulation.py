@@ -33,11 +33,10 @@ TASK = {
 
 
 def image(path: Path, patient: str, day: str | None, bright: bool) -> None:
-    """A film: who dies has a bright one."""
+    """A film: who dies has a bright middle, everybody else a bright bar at the top."""
     draw = np.random.default_rng(len(path.name) + int(patient))
     pixels = draw.integers(0, 800, (SIZE, SIZE)).astype(np.uint16)
-    pixels[4:12, 4:12] += 2500 if bright else 0
-    pixels[0, 0], pixels[0, 1] = 0, 4000
+    pixels[(slice(4, 12), slice(4, 12)) if bright else (slice(0, 3), slice(None))] += 2500
     made = Dataset()
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -55,7 +54,7 @@ def image(path: Path, patient: str, day: str | None, bright: bool) -> None:
 
 
 def dead(patient: int) -> bool:
-    return patient % 2 == 0
+    return patient // 4 % 2 == 0  # at every hospital half of them
 
 
 def write_system(folder: Path) -> None:
