@@ -56,19 +56,27 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
-    add_record_arguments(parser, patient="a column to carry over")
+    add_record_arguments(
+        parser,
+        patient="a column to carry over",
+        file="CSV, NDJSON or Parquet with the notes or the features; or a site.yaml, for every "
+        "stay of the system that it names",
+    )
     parser.add_argument("--out", type=Path, default=None, help="where predictions go")
 
 
-def add_record_arguments(parser: argparse.ArgumentParser, *, patient: str) -> None:
+def add_record_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    patient: str,
+    file: str = "CSV, NDJSON or Parquet with the notes or the features",
+) -> None:
     """What a saved model is asked about: the model, the records, and where it computes.
 
-    `patient`: what its column is for.
+    `patient`: what its column is for. `file`: what it may be.
     """
     parser.add_argument("model", type=Path, help="a model folder")
-    parser.add_argument(
-        "file", type=Path, help="CSV, NDJSON or Parquet with the notes or the features"
-    )
+    parser.add_argument("file", type=Path, help=file)
     parser.add_argument(
         "--with",
         dest="beside",

@@ -92,6 +92,9 @@ def predict(
     if out.exists():
         raise DataError(Code.OUTPUT_EXISTS, f"{out}: is already there.")
     system = file.suffix.lower() in {".yaml", ".yml"}
+    if system and beside:
+        message = f"{beside[0]}: the hours of a stay come out of the system that {file.name} names."
+        raise DataError(Code.DATA_FORMAT, message, remedy="Leave out --with.")
     classify: _Predictor
     if (model_folder / TASK_FILE).is_file():
         rows = _Rows(model_folder, device, knowledge)

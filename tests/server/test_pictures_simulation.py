@@ -239,6 +239,8 @@ def test_a_site_with_tables_alone_or_a_model_without_rules_is_told(run, folder, 
     rules = run / "model" / "cases.json"
     kept = rules.read_bytes()
     words[2] = str(site_file(folder))
+    assert main([*words, "--with", "hours.csv"]) == 3
+    assert "come out of the system" in capsys.readouterr().err
     for content, told in ((None, "read tables"), (b"{}", "not the rules of a study")):
         rules.unlink()
         if content is not None:
