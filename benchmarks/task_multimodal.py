@@ -164,7 +164,7 @@ LOCAL = {
         "sampling_rate": 0.5,
         "expected_batch": 160,
         "micro_batch": 64,
-        "optimizer": {"name": "sgd", "learning_rate": 0.5},
+        "optimizer": {"name": "sgd", "learning_rate": 2.0},
     },
     "privacy": {"mode": "local", "epsilon": 3, "delta": 1e-4, "clip_norm": 1.0},
     "quorum": {"colluders": 1, "survivors": 4},
