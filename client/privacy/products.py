@@ -12,8 +12,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-__all__ = ["adder", "crossed", "fits"]
+__all__ = ["adder", "affine", "crossed", "fits"]
 
 # A kernel is made once for each shape, so that small products are not worth one.
 _LEAST: Final = 1 << 18
@@ -47,6 +49,43 @@ def crossed(left: Tensor, right: Tensor) -> Tensor:
         return left.T @ right
     found: Tensor = _LINEAR(right.T, left.T, None, "none", [], "")
     return found.T.contiguous()
+
+
+def affine(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """An affine map, values @ weight.T + bias, without writing the bias out for every row first.
+
+    Shapes: values (..., n), weight (m, n), bias (m,) or None.
+    """
+    rows = values.numel() // max(values.shape[-1], 1)
+    mixed = torch.is_autocast_enabled(values.device.type) or values.dtype != weight.dtype
+    if mixed or not fits(weight, rows):
+        return functional.linear(values, weight, bias)
+    found: Tensor = _Affine.apply(values, weight, bias)
+    return found
+
+
+class _Affine(torch.autograd.Function):
+    """A linear layer by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Shapes: (..., n), (m, n) and (m,) to (..., m)."""
+        ctx.save_for_backward(values, weight)
+        found: Tensor = _LINEAR(values, weight, bias, "none", [], "")
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What is asked for, and nothing else."""
+        values, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            gradient @ weight if wanted[0] else None,
+            crossed(rows, values.reshape(-1, values.shape[-1])) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
 
 
 def fits(values: Tensor, times: int) -> bool:

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from client.privacy.products import adder, crossed
+from client.privacy.products import adder, affine, crossed
 
-__all__ = ["GRUSteps", "LSTMSteps", "Recurrence"]
+__all__ = ["GRUSteps", "LSTMSteps", "Projection", "Recurrence"]
+
+
+class Projection(nn.Linear):
+    """A recurrent layer's inputs, over all steps at once: a Linear, faster on a CPU."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, T, inputs) to (B, T, gates * H)."""
+        return affine(values, self.weight, self.bias)
 
 
 class Recurrence(nn.Module):
@@ -87,8 +95,10 @@ class _LSTMLoop(torch.autograd.Function):
             gates = torch.empty(steps, batch, 4 * size, device=projected.device)
             gates.copy_(projected.transpose(0, 1))
             gates[:, :, 2 * size : 3 * size].mul_(2)
-            hiddens = gates.new_zeros(steps + 1, batch, size)
-            cells, leaned = torch.zeros_like(hiddens), torch.empty_like(hiddens[1:])
+            hiddens, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
+            leaned = torch.empty_like(hiddens[1:])
+            for states in (hiddens, cells):
+                states[0] = 0
             doubled = weight.float() * 2
             doubled[2 * size : 3 * size] *= 2
             _steps_forward(gates, hiddens, cells, leaned, doubled)

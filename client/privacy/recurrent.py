@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Self
 import torch
 from torch import Tensor, nn
 
-from client.privacy.recurrence import GRUSteps, LSTMSteps, Recurrence
+from client.privacy.recurrence import GRUSteps, LSTMSteps, Projection, Recurrence
 
 __all__ = ["LoopGRU", "LoopLSTM", "last_valid"]
 
@@ -28,7 +28,7 @@ class _Direction(nn.Module):
 
     def __init__(self, inputs: int, steps: Recurrence, *, bias: bool) -> None:
         super().__init__()
-        self.input = nn.Linear(inputs, steps.gates * steps.hidden, bias=bias)
+        self.input = Projection(inputs, steps.gates * steps.hidden, bias=bias)
         bound = 1.0 / math.sqrt(steps.hidden)
         for parameter in self.input.parameters():
             nn.init.uniform_(parameter, -bound, bound)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from client.privacy.patients import Patients, parted, squared, weighted, wide, without
 from client.privacy.products import crossed
-from client.privacy.recurrence import Recurrence
+from client.privacy.recurrence import Projection, Recurrence
 from common.errors import Code, RefusedError
 
 __all__ = ["Finish", "Pairs", "Rule", "materialised", "norm_gradients", "rule_for"]
@@ -334,6 +334,7 @@ def norm_gradients(
 
 _RULES: Final[dict[type[nn.Module], Rule]] = {
     nn.Linear: _linear,
+    Projection: _linear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: _linear,
     nn.Embedding: _embedding,
     nn.Conv1d: _convolution,

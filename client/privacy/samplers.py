@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from client.privacy.patients import wide
-from client.privacy.recurrence import Recurrence
+from client.privacy.recurrence import Projection, Recurrence
 from client.privacy.rules import norm_gradients, unsupported
 
 __all__ = ["sampler_for"]
@@ -34,7 +34,8 @@ def sampler_for(layer: nn.Module, name: str) -> Sampler:
         return _recurrence
     if isinstance(layer, nn.LayerNorm) and getattr(layer, "bias", None) is None:
         return norm_gradients
-    found = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
+    kind = nn.Linear if isinstance(layer, Projection) else type(layer)
+    found = GradSampleModule.GRAD_SAMPLERS.get(kind)
     if found is None or isinstance(layer, RNNLinear):
         raise unsupported(layer, name)
     if getattr(layer, "padding_mode", "zeros") != "zeros":

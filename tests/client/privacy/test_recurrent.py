@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from client.privacy import products
+from client.privacy import products, recurrence
 from client.privacy.engine import PerSampleEngine
 from client.privacy.recurrent import LoopGRU, LoopLSTM, last_valid
 from common.errors import Code, RefusedError
@@ -94,6 +94,25 @@ def test_large_products_are_exact_whoever_computes_them(monkeypatch, there):
     losses = layer(values)[0].sum((1, 2))
     sums = engine.clipped_sum(losses, np.arange(24), 24).gradients
     assert torch.allclose(sums["cells.0.recurrent.weight"], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_projection_is_torchs_linear_layer_forwards_and_backwards(bias):
+    torch.manual_seed(4)
+    layer = recurrence.Projection(40, 256, bias=bias)
+    plain = nn.Linear(40, 256, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    assert products.fits(layer.weight, 8 * 32) == (products._LINEAR is not None)
+    found = []
+    for one in (layer, plain):
+        values = torch.randn(8, 32, 40, generator=torch.Generator().manual_seed(5))
+        values = values.transpose(0, 1).requires_grad_()  # as padded sequences may lie
+        outputs = one(values)
+        (outputs.sin() * torch.arange(256)).sum().backward()
+        found.append((outputs.detach(), values.grad, *(p.grad for p in one.parameters())))
+    for left, right in zip(*found, strict=True):
+        assert torch.allclose(left, right, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
