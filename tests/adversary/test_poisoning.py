@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import statistics
 import sys
 from functools import cache
 from pathlib import Path
@@ -72,9 +73,10 @@ def card(got):
 
 @pytest.mark.parametrize("attack", GROSS)
 def test_control_without_the_gate_one_hospital_of_five_ruins_the_model(play, attack):
-    got = play(attack, gate=False)
-    assert got.accuracy < 0.72
-    assert got.rejected == 0
+    # In one try of twenty or so the last rounds mend a part of it: the middle one of five counts.
+    tries = [play(attack, gate=False, attempt=number) for number in range(5)]
+    assert statistics.median(got.accuracy for got in tries) < 0.72
+    assert all(got.rejected == 0 for got in tries)
 
 
 @pytest.mark.parametrize("attack", GROSS)
