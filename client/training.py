@@ -452,28 +452,27 @@ class LocalTrainer:
     def _optimizer(self) -> LocalOptimizer:
         return LocalOptimizer(self._ordered(), self._settings)
 
-    def _anchor(self, start: NDArray[np.float32]) -> list[torch.Tensor]:
-        """The round's start, per parameter, where FedProx pulls towards it; else nothing."""
-        if not self._settings.proximal:
-            return []
-        flat = torch.from_numpy(start).to(self._device)
-        pieces = torch.split(flat, list(self._layout.sizes))
-        return [
-            piece.reshape(parameter.shape)
-            for piece, parameter in zip(pieces, self._ordered(), strict=True)
-        ]
-
-    def _pull(self, anchor: list[torch.Tensor]) -> None:
-        """Add mu * (w - start): under DP after the noise, a function of what is private already.
+    def _anchor(self, start: NDArray[np.float32]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """The parameters that FedProx pulls, and the round's start of each; else nothing.
 
         What stays here need not agree with anybody's, and is not pulled.
+        """
+        if not self._settings.proximal:
+            return []
+        named = self._layout.unflatten(start)
+        return [
+            (self._parameters[spec.name], torch.from_numpy(named[spec.name]).to(self._device))
+            for spec in self._parts[0].specs
+        ]
+
+    def _pull(self, anchor: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        """Add mu * (w - start): under DP after the noise, a function of what is private already.
 
         Source: Li et al. 2020 (FedProx).
         """
-        common = {id(self._parameters[spec.name]) for spec in self._parts[0].specs}
         with torch.no_grad():
-            for parameter, home in zip(self._ordered() if anchor else [], anchor, strict=True):
-                if parameter.grad is not None and id(parameter) in common:
+            for parameter, home in anchor:
+                if parameter.grad is not None:
                     parameter.grad.add_(parameter - home, alpha=self._settings.proximal)
 
     def _correction(self, state: Tensors) -> list[torch.Tensor]:
